@@ -1,0 +1,265 @@
+"""Head scores: how much each attention head of a model looks at the word it is about to write.
+
+SparseMM (https://arxiv.org/abs/2506.05344, §3) gives every query head one number and spends the KV budget by it.
+
+**Files.** A score file is the JSON that the research code publishes: an object with keys ``"layer-head"`` whose
+values are a list of floats (one an image, or already reduced) or one float; the head's score is their mean. The keys
+decide, not the order. Two things of ours had to fit without breaking the research code's reader, which takes
+``[np.mean(v) for v in json.load(f).values()]`` and views it as ``[layers, heads]``, so that one additional key of
+whatever name stops it:
+
+* the *standard error* ``e`` of a score ``m`` is written inside the published format as the pair ``[m - e, m + e]``. The
+  mean of the two is ``m`` to the last bit, their standard error by the usual formula (``|a - b| / 2``) is ``e``, and no
+  entry is negative, since scores are means of non-negative values and then ``e <= m``;
+* *provenance* (model, data, counts, versions) lies beside the file: ``scores.json`` -> ``scores.provenance.json``. It
+  names the content hash of the scores it describes; when that differs it is ignored with a warning. A score file
+  without it is complete.
+
+Importing this module needs NumPy only, neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsemm_lmms._version import __version__
+
+_KEY = re.compile(r"(\d+)-(\d+)", re.ASCII)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """One non-negative score per query head.
+
+    values: float64 ``[layers, q_heads]``, means over the calibration images; finite, not all zero.
+    stderr: float64 ``[layers, q_heads]`` or None, the standard error of each mean.
+    provenance: JSON-able facts on where the scores come from; never used in computing.
+
+    >>> HeadScores.uniform(2, 4).values.shape
+    (2, 4)
+    """
+
+    values: np.ndarray
+    stderr: np.ndarray | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = _frozen_table(self.values, "head scores")
+        if not values.any():
+            raise ValueError("All head scores are zero: no head ever hit a word; score more or clearer images.")
+        object.__setattr__(self, "values", values)
+        if self.stderr is not None:
+            stderr = _frozen_table(self.stderr, "standard errors")
+            if stderr.shape != values.shape:
+                raise ValueError(f"Standard errors have shape {stderr.shape}, scores {values.shape}; they must agree.")
+            object.__setattr__(self, "stderr", stderr)
+        object.__setattr__(self, "provenance", dict(self.provenance))
+
+    # ---- facts ----
+    @property
+    def layers(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Query heads in each layer."""
+        return self.values.shape[1]
+
+    @property
+    def content_hash(self) -> str:
+        """16 hex digits of the sha256 of shape and values: equal scores, equal hash, whatever the file looks like."""
+        shape = f"{self.layers}x{self.heads}:".encode()
+        return hashlib.sha256(shape + self.values.astype("<f8").tobytes()).hexdigest()[:16]
+
+    def check_shape(self, layers: int, q_heads: int, model_name: str) -> None:
+        """Raise unless these scores fit a model of ``layers`` layers with ``q_heads`` query heads."""
+        if (self.layers, self.heads) != (layers, q_heads):
+            origin = self.provenance.get("path") or self.provenance.get("model") or self.provenance.get("kind", "")
+            raise ValueError(
+                f"Head scores {f'of {origin} ' if origin else ''}are for {self.layers} layers x {self.heads} heads, "
+                f"but {model_name} has {layers} layers x {q_heads} heads; make scores for this model with "
+                "`sparsemm-lmms chase`."
+            )
+
+    # ---- controls ----
+    @classmethod
+    def uniform(cls, layers: int, heads: int) -> HeadScores:
+        """The same score for every head: SparseMM becomes an even split."""
+        return cls(np.full((layers, heads), 1.0 / (layers * heads)), provenance={"kind": "uniform"})
+
+    @classmethod
+    def random(cls, layers: int, heads: int, seed: int = 0) -> HeadScores:
+        """One table of uniform [0, 1) draws, normalised over the whole model (the reference: one draw a layer)."""
+        table = np.random.default_rng(seed).random((layers, heads))
+        return cls(table / table.sum(), provenance={"kind": "random", "seed": seed})
+
+    def layer_mean(self) -> HeadScores:
+        """Each head gets its layer's mean: the control that tells sparsity of heads from sparsity of layers."""
+        table = np.repeat(self.values.mean(axis=1, keepdims=True), self.heads, axis=1)
+        return HeadScores(table, provenance={"kind": "layer_mean", "of": self.content_hash})
+
+    def permuted(self, seed: int = 0) -> HeadScores:
+        """The same scores dealt to other heads of the whole model: the right unevenness in the wrong places."""
+        flat = np.random.default_rng(seed).permutation(self.values.reshape(-1))
+        return HeadScores(
+            flat.reshape(self.values.shape), provenance={"kind": "permuted", "seed": seed, "of": self.content_hash}
+        )
+
+    # ---- files ----
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadScores:
+        """Read a published or own score file; every defect is one sentence that names the file and the mend."""
+        path = Path(path)
+        table, stderr = _parse(_read_text(path), path)
+        try:
+            scores = cls(table, stderr, {"path": str(path)})
+        except ValueError as error:
+            raise ValueError(f"Head-score file {path}: {error}") from None
+        return cls(table, stderr, {**_read_provenance(path, scores.content_hash), "path": str(path)})
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the scores and, beside them, their provenance, each by an atomic rename; returns the path.
+
+        ``path`` itself is in the published format and readable by the research code (module docstring).
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        errors = [[None] * self.heads] * self.layers if self.stderr is None else self.stderr.tolist()
+        lines = [
+            f'"{layer}-{head}": {json.dumps(_pair(mean, errors[layer][head]))}'
+            for layer, row in enumerate(self.values.tolist())
+            for head, mean in enumerate(row)
+        ]
+        facts = {key: value for key, value in self.provenance.items() if key != "path"}
+        facts |= {"layers": self.layers, "q_heads": self.heads, "content_hash": self.content_hash}
+        facts.setdefault("sparsemm_lmms", __version__)
+        write_atomically(provenance_path(path), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
+        return path
+
+
+def provenance_path(path: str | os.PathLike[str]) -> Path:
+    """Where the provenance of a score file lies: ``scores.json`` -> ``scores.provenance.json``."""
+    path = Path(path)
+    return path.with_name(path.stem + ".provenance.json")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader, a full disk or a kill never meets half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600, which a shared cache or a package can't serve
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _frozen_table(table: Any, what: str) -> np.ndarray:
+    array = np.array(table, dtype=np.float64)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{what} must be a table [layers, heads], got shape {array.shape}.")
+    for bad, word in ((~np.isfinite(array), "not finite"), (array < 0, "negative")):
+        if bad.any():
+            layer, head = np.argwhere(bad)[0]
+            raise ValueError(f"{what}: layer {layer}, head {head} is {word} ({array[layer, head]}); remake the file.")
+    array.setflags(write=False)
+    return array
+
+
+def _pair(mean: float, error: float | None) -> list[float]:
+    """``[m - e, m + e]`` whose float64 mean is exactly m: the lower is rounded to a step that divides both."""
+    if not error:
+        return [mean]
+    step = float(np.spacing(2 * mean))
+    low = min(max(round((mean - error) / step) * step, 0.0), mean)
+    return [low, 2 * mean - low]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"Head-score file {path} does not exist; make one with `sparsemm-lmms chase --output {path}`."
+        ) from None
+    except IsADirectoryError:
+        raise ValueError(f"Head-score file {path} is a folder; give the JSON file inside it.") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"Head-score file {path} is not UTF-8 text; give a JSON score file.") from None
+
+
+def _parse(text: str, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Table of means [layers, heads] and, where every head has several values, of standard errors."""
+    where = f"Head-score file {path}"
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}); give the file that `sparsemm-lmms chase` wrote.") from None
+    if not text.lstrip().startswith("{") or not pairs:
+        raise ValueError(f'{where} holds no scores; expected an object like {{"0-0": [0.1, 0.2], "0-1": [0.3]}}.')
+    entries: dict[tuple[int, int], list[float]] = {}
+    for key, value in pairs:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f'{where} has the extra entry "{key}"; keys must be "layer-head", so remove it.')
+        place = int(match[1]), int(match[2])
+        if place in entries:
+            raise ValueError(f'{where} has the entry "{key}" twice; remove one of the two.')
+        entries[place] = _numbers(value, key, where)
+    layers, heads = (1 + max(place[axis] for place in entries) for axis in (0, 1))
+    if len(entries) != layers * heads:
+        missing = next((i, j) for i in range(layers) for j in range(heads) if (i, j) not in entries)
+        raise ValueError(
+            f'{where} lacks {layers * heads - len(entries)} of {layers} x {heads} heads, the first is "{missing[0]}-'
+            f'{missing[1]}"; remake or complete the file.'
+        )
+    table, stderr = np.zeros((layers, heads)), np.zeros((layers, heads))
+    for place, numbers in entries.items():
+        table[place] = np.mean(numbers)  # as the research code, to the last bit
+        stderr[place] = np.std(numbers, ddof=1) / np.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
+    several = any(len(numbers) > 1 for numbers in entries.values())
+    return table, stderr if several else None
+
+
+def _numbers(value: Any, key: str, where: str) -> list[float]:
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
+        raise ValueError(f'{where}: entry "{key}" must be a float or a non-empty list of floats; remake the file.')
+    for number in numbers:
+        if not np.isfinite(number) or number < 0:
+            raise ValueError(f'{where}: entry "{key}" holds {number}; scores are finite and not negative, remake it.')
+    return [float(number) for number in numbers]
+
+
+def _read_provenance(path: Path, content_hash: str) -> dict[str, Any]:
+    beside = provenance_path(path)
+    if not beside.is_file():
+        return {}
+    from loguru import logger
+
+    try:
+        facts = json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        logger.warning(f"Ignoring {beside}: {error}.")
+        return {}
+    if not isinstance(facts, dict) or facts.get("content_hash") != content_hash:
+        logger.warning(f"Ignoring {beside}: its content hash is not that of the scores in {path}; delete it.")
+        return {}
+    return facts
