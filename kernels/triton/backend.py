@@ -1,0 +1,127 @@
+"""What every kernel file shares: the optional import of triton, the choice of backend, argument checks.
+
+`triton` is optional (it has no wheels for macOS and Windows): without it `jit` returns the function unchanged, nobody
+launches it, and every operation runs its torch form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the torch forms need neither
+    triton = None
+    tl = None
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def jit(**options: Any) -> Any:
+    """`triton.jit(**options)`, or a decorator that changes nothing where triton is missing."""
+    return triton.jit(**options) if triton is not None else lambda fn: fn
+
+
+def interpreted() -> bool:
+    """True when the kernels of this process run in triton's interpreter (TRITON_INTERPRET=1 before the import)."""
+    return triton is not None and not isinstance(_probe, triton.runtime.JITFunction)
+
+
+@jit()
+def _probe() -> None:
+    """Shows what `triton.jit` made of a function when this module was imported."""
+
+
+def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
+    """Turn `"auto" | "triton" | "torch"` into the backend that runs on `tensors`.
+
+    auto = triton on CUDA tensors when triton is importable, torch elsewhere. Asking for triton where it cannot run is
+    an error, never a silent fallback.
+
+    >>> resolve_backend("auto", torch.zeros(1))
+    'torch'
+    """
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend must be one of auto, triton, torch; got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    on_cuda = all(tensor.is_cuda for tensor in tensors)
+    if backend == "auto":
+        return "triton" if on_cuda and triton is not None else "torch"
+    if triton is None:
+        raise ValueError("backend='triton' was asked for, but triton is not installed; use 'auto' or 'torch'")
+    if not on_cuda and not interpreted():
+        devices = sorted({str(tensor.device) for tensor in tensors})
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors, got {', '.join(devices)} (on a CPU it only runs in triton's "
+            "interpreter: set TRITON_INTERPRET=1 before the first import of triton)"
+        )
+    return "triton"
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's (models sharded over several GPUs)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of SMs of a CUDA device; 4 in the interpreter, enough to exercise splitting and merging."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def check_rows(name: str, tensor: torch.Tensor, ndim: int = 4) -> None:
+    """A float tensor of `ndim` dimensions whose last one is contiguous."""
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
+    if tensor.shape[-1] == 0:
+        raise ValueError(f"{name} has head_dim 0: shape {tuple(tensor.shape)}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+
+
+def check_int32(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """A contiguous int32 tensor of exactly `shape`."""
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_store(keys: torch.Tensor, values: torch.Tensor, head_dim: int, dtype: torch.dtype) -> None:
+    """The two flat stores `[slots, head_dim]` of a layer: contiguous, alike, and of the given dtype."""
+    for name, store in (("keys", keys), ("values", values)):
+        check_rows(name, store, 2)
+        if not store.is_contiguous():
+            raise ValueError(f"the store {name} must be contiguous, got strides {store.stride()}")
+        if store.dtype != dtype or store.shape[1] != head_dim:
+            raise ValueError(
+                f"the store {name} must hold rows of {head_dim} x {dtype}, got {store.shape[1]} x {store.dtype}"
+            )
+    if keys.shape != values.shape:
+        raise ValueError(f"the stores differ in shape: {tuple(keys.shape)} and {tuple(values.shape)}")
+
+
+def check_same(names: str, first: torch.Tensor, second: torch.Tensor) -> None:
+    """Two tensors alike in shape and dtype (keys and values)."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        raise ValueError(
+            f"{names} must agree in shape and dtype, got {tuple(first.shape)} {first.dtype} "
+            f"and {tuple(second.shape)} {second.dtype}"
+        )
+
+
+def check_device(*tensors: torch.Tensor | None) -> None:
+    """All on one device (an int32 on the host would mean a synchronisation at every token)."""
+    devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
+    if len(devices) != 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(devices)}")
