@@ -1,0 +1,86 @@
+"""The attention and mask functions that transformers calls while a model is compressed.
+
+They are registered under names of their own (`ragged_kv_<prefill implementation>`); no class of transformers is
+patched. Here, and only here, a layer's post-RoPE queries, keys and values meet, for every architecture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache import _handoff
+
+PREFIX = "ragged_kv_"
+
+
+def register(prefill: str) -> str:
+    """Register our functions on top of the stock implementation `prefill` and return their name.
+
+    Raises:
+        ValueError: if transformers has no such implementation or it makes no masks.
+    """
+    known = sorted(set(ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()) - {"flex_attention"})
+    known = [name for name in known if not name.startswith(PREFIX)]
+    if prefill not in known:
+        raise ValueError(f"attn_implementation={prefill!r} cannot run the prefill; known: {', '.join(known)}.")
+    name = PREFIX + prefill.replace("flash_attention_", "fa")
+    AttentionInterface.register(name, partial(ragged_attention, prefill))
+    AttentionMaskInterface.register(name, partial(ragged_mask, ALL_MASK_ATTENTION_FUNCTIONS[prefill]))
+    return name
+
+
+def ragged_mask(prefill_mask: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
+    """The stock mask for a prompt; none afterwards, because a segment holds exactly what may be attended to."""
+    if kwargs["kv_length"] > kwargs["q_length"]:
+        return None
+    return prefill_mask(*args, **kwargs)
+
+
+def ragged_attention(
+    prefill: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Prefill: stock attention over the full prompt, then compression. Later: append and attend to the segments.
+
+    Args:
+        query: `[batch, q_heads, t, head_dim]`; key, value: `[batch, kv_heads, t, head_dim]`, post-RoPE.
+
+    Returns:
+        Output `[batch, t, q_heads, head_dim]`, and None for the attention weights.
+    """
+    layer, handed = getattr(_handoff, "layer", None), getattr(_handoff, "key", None)
+    _handoff.layer = _handoff.key = None
+    if layer is None or handed is not key:
+        raise RuntimeError(
+            "This model is under sparsemm_lmms.compress, but the forward pass carries no RaggedCache; call the model "
+            "or generate with use_cache=True."
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError("Sliding-window attention layers cannot be compressed; use a model with full attention.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layer.is_initialized:
+        return layer.extend(query, key, value, scale, layer.step).transpose(1, 2), None
+    output = _prefill_function(prefill, module)(module, query, key, value, attention_mask, scaling=scale, **kwargs)[0]
+    layer.fill(query, key, value, scale, layer.step)
+    return output, None
+
+
+def _prefill_function(prefill: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    if prefill == "eager":  # not in the registry: each modelling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[prefill]

@@ -1,0 +1,278 @@
+"""The ragged KV cache: every (sequence, kv head) owns a segment of its own length in one flat store a layer."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from .kernels import append, evict, ragged_decode
+from .methods import Method
+from .selection import select
+
+DEFAULT_ROOM = 128  # tokens that a segment can take up when the caller does not say how many are to come
+_handoff = threading.local()  # the layer whose `update` ran last: attention follows it in the same layer
+
+
+@dataclass
+class Step:
+    """What one forward pass brings to every layer; set by the session before the model runs.
+
+    Attributes:
+        counts: real (not padding) new tokens of each sequence, on the host.
+        tokens: columns of this pass.
+        new_count: the same as int32 `[batch]` on the device, or None when no sequence is padded.
+    """
+
+    counts: tuple[int, ...]
+    tokens: int
+    new_count: Tensor | None = None
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer: `keys, values [slots, head_dim]` and, per (sequence, kv head), `start, length, capacity`.
+
+    Segments lie one after the other in (sequence, head) order. Addresses never move while the room lasts, so an append
+    is O(1) and a CUDA graph can replay it.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, layer_idx: int, method: Method, room: int) -> None:
+        super().__init__()
+        self.layer_idx, self.method, self.room = layer_idx, method, room
+        self.step: Step | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, keep the settings."""
+        self.keys = self.values = self.start = self.length = self.capacity = self.overflow = None
+        self.index: Tensor | None = None
+        self.kept: np.ndarray | None = None
+        self.prompt_lengths: tuple[int, ...] = ()
+        self.columns = self.seen = self.appended = 0
+        self.is_initialized = False
+
+    # -- what transformers asks of a layer ---------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store is allocated when the prompt's selection is known."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new keys and values on to the attention function, which has the queries as well."""
+        _handoff.layer, _handoff.key = self, key_states
+        self.seen += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens SEEN (positions depend on it), padding included; not the tokens kept."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "A compressed cache cannot be cropped, so assisted (speculative) decoding is not supported; call generate "
+            "without an assistant."
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select_sequences(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select_sequences(torch.arange(self._batch)[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select_sequences(torch.arange(self._batch).repeat_interleave(repeats))
+
+    # -- prefill and decode --------------------------------------------------------------------------------------------
+
+    def fill(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, step: Step) -> None:
+        """Compress the prompt: scores, counts, positions, and one copy into a fresh store.
+
+        Args:
+            query: `[batch, q_heads, n, head_dim]`; key, value: `[batch, kv_heads, n, head_dim]`, post-RoPE.
+        """
+        chosen = select(self.method, self.layer_idx, query, key, scaling, step.counts)
+        self.kept, self.index, self.prompt_lengths, self.columns = chosen.counts, chosen.index, step.counts, step.tokens
+        self._allocate(chosen.counts, key)
+        count = torch.as_tensor(chosen.counts, dtype=torch.int32, device=key.device)
+        backend = self.method.config.kernel_backend
+        evict(key, value, chosen.index, count, self.start, self.keys, self.values, backend=backend)
+        self.length = count
+        self.is_initialized = True
+
+    def extend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, step: Step) -> Tensor:
+        """Append new tokens in place and attend to each head's segment, causal among the new tokens.
+
+        Returns:
+            `[batch, q_heads, t, head_dim]` in the dtype of `query`.
+        """
+        tokens, backend = key.shape[2], self.method.config.kernel_backend
+        if self.appended + tokens > self.room:
+            self._relayout(None, room=max(2 * self.room, self.appended + tokens))
+        new = key.to(self.keys.dtype), value.to(self.values.dtype)
+        new_count = None if step.new_count is None else step.new_count.to(key.device)
+        store = self.keys, self.values, self.start, self.length
+        append(*store, self.capacity, *new, self.overflow, new_count, backend=backend)
+        self.appended += tokens
+        return ragged_decode(
+            query,
+            *store,
+            scaling=scaling,
+            new_count=new_count,
+            max_length=int(self.kept.max()) + self.appended,
+            backend=backend,
+        )
+
+    # -- layout --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _batch(self) -> int:
+        return 0 if self.kept is None else self.kept.shape[0]
+
+    def _allocate(self, counts: np.ndarray, like: Tensor) -> None:
+        capacity = counts + self.room
+        ends = np.cumsum(capacity.ravel()).reshape(capacity.shape)
+        slots, dim, device = int(ends[-1, -1]), like.shape[-1], like.device
+        if slots >= 2**31:
+            raise ValueError(f"{slots} cache slots in one layer exceed int32 addressing; lower batch_size or budget.")
+        self.keys = torch.empty(slots, dim, dtype=like.dtype, device=device)
+        self.values = torch.empty(slots, dim, dtype=like.dtype, device=device)
+        self.start = torch.as_tensor(ends - capacity, dtype=torch.int32, device=device)
+        self.capacity = torch.as_tensor(capacity, dtype=torch.int32, device=device)
+        self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _relayout(self, sequences: Tensor | None, room: int | None = None) -> None:
+        """Copy the segments of `sequences` (all when None) into a fresh store, with `room` for new tokens."""
+        if not self.is_initialized:
+            return
+        device = self.keys.device
+        rows = np.arange(self._batch) if sequences is None else sequences.cpu().numpy()
+        picked = torch.as_tensor(rows, device=device)
+        old_keys, old_values, old_start = self.keys, self.values, self.start
+        self.room = self.room if room is None else room
+        self.kept = self.kept[rows]
+        self.prompt_lengths = tuple(self.prompt_lengths[row] for row in rows)
+        self.index, self.length = self.index[picked], self.length[picked]
+        self._allocate(self.kept, old_keys)
+        used = self.length.flatten().long()
+        segment = torch.repeat_interleave(torch.arange(used.numel(), device=device), used)
+        offset = torch.arange(segment.numel(), device=device) - (used.cumsum(0) - used)[segment]
+        source = old_start[picked].flatten()[segment] + offset
+        target = self.start.flatten()[segment] + offset
+        self.keys[target], self.values[target] = old_keys[source], old_values[source]
+
+    def _select_sequences(self, sequences: Tensor) -> None:
+        self._relayout(sequences)
+
+
+class RaggedCache(Cache):
+    """A compressed KV cache for `generate`. Made by `CompressionSession.new_cache`; one cache serves one batch.
+
+    Args:
+        method: what to keep (see `sparsemm_lmms.selection.build_method`).
+        max_new_tokens: room for tokens after the prompt; more tokens than planned are fine, but cost one copy of the
+            store each time the room doubles.
+    """
+
+    def __init__(self, method: Method, max_new_tokens: int | None = None) -> None:
+        room = DEFAULT_ROOM if max_new_tokens is None else max_new_tokens
+        if room < 1:
+            raise ValueError(f"max_new_tokens={room} must be at least 1.")
+        super().__init__(layers=[RaggedLayer(i, method, room) for i in range(method.model.num_layers)])
+        self.method = method
+        self.step: Step | None = None
+
+    def begin(self, tokens: int, batch: int, attention_mask: Tensor | None, device: torch.device) -> None:
+        """Note what the coming forward pass brings: which of its columns are left padding.
+
+        Raises:
+            ValueError: for a mask that is not `[batch, seen + tokens]` or that pads on the right.
+        """
+        self.step = _read_step(tokens, batch, attention_mask, self.get_seq_length(), device)
+        for layer in self.layers:
+            layer.step = self.step
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "Assisted (speculative) decoding is not supported on a compressed cache; call generate without an "
+            "assistant."
+        )
+
+    def kept_positions(self, layer_idx: int) -> list[list[Tensor]]:
+        """Prompt positions that a layer kept: `[sequence][kv head]` -> ascending int64, counted without padding."""
+        layer = self._filled(layer_idx)
+        rows = []
+        for b, length in enumerate(layer.prompt_lengths):
+            pad = layer.columns - length
+            rows.append([layer.index[b, h, : layer.kept[b, h]].long().cpu() - pad for h in range(layer.kept.shape[1])])
+        return rows
+
+    def kept_per_head(self) -> Tensor:
+        """Tokens kept after prefill, int64 `[layers, batch, kv_heads]`, window included."""
+        return torch.from_numpy(np.stack([self._filled(i).kept for i in range(len(self.layers))]))
+
+    def report(self) -> dict[str, Any]:
+        """What the cache holds: real tokens and bytes beside the nominal budget.
+
+        Returns:
+            `kept_tokens` (mean per kv head), `prompt_tokens` (mean), `nominal_budget` (None for fullkv),
+            `kept_per_head`, `kv_bytes_allocated`, `kv_bytes_used` and `kv_bytes_full` (of an uncompressed cache now).
+        """
+        kept = self.kept_per_head()
+        layers = [self._filled(i) for i in range(len(self.layers))]
+        row = 2 * layers[0].keys.shape[1] * layers[0].keys.element_size()
+        used = sum(int(layer.length.sum()) for layer in layers)
+        config = self.method.config
+        evicted = sum(layers[0].prompt_lengths) * kept.shape[0] * kept.shape[2] - int(kept.sum())
+        return {
+            "kept_tokens": float(kept.double().mean()),
+            "prompt_tokens": float(np.mean(layers[0].prompt_lengths)),
+            "nominal_budget": config.budget if self.method.compresses else None,
+            "kept_per_head": kept,
+            "kv_bytes_allocated": sum(layer.keys.shape[0] for layer in layers) * row,
+            "kv_bytes_used": used * row,
+            "kv_bytes_full": (used + evicted) * row,
+        }
+
+    def check_overflow(self) -> None:
+        """Raise if any append found its segment full (one host synchronisation; not for the decode loop)."""
+        for layer in self.layers:
+            if layer.overflow is not None and int(layer.overflow):
+                raise RuntimeError(f"Layer {layer.layer_idx} of the KV cache ran out of room for new tokens.")
+
+    def _filled(self, layer_idx: int) -> RaggedLayer:
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            raise ValueError("The cache is empty: run the prompt through the model first.")
+        return layer
+
+
+def _read_step(tokens: int, batch: int, mask: Tensor | None, seen: int, device: torch.device) -> Step:
+    if mask is None or tokens == 1 and seen > 0:  # one decoded token is never padding
+        return Step((tokens,) * batch, tokens)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != (batch, seen + tokens):
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask must have shape [{batch}, {seen + tokens}] (batch, tokens seen), not {shape}."
+        )
+    new = mask[:, seen:].bool().cpu()
+    if not bool(new[:, -1].all()) or bool((new[:, :-1] & ~new[:, 1:]).any()):
+        raise ValueError("attention_mask pads on the right; set processor.tokenizer.padding_side = 'left'.")
+    counts = tuple(new.sum(1).tolist())
+    if min(counts) == tokens:
+        return Step(counts, tokens)
+    return Step(counts, tokens, torch.tensor(counts, dtype=torch.int32, device=device))

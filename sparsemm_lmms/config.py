@@ -1,0 +1,142 @@
+"""The settings of one compressed cache: validated once, frozen, and part of every record."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+POOLINGS = ("avgpool", "maxpool")
+GQA_FUNCS = ("mean", "max")
+KERNEL_BACKENDS = ("auto", "triton", "torch")
+
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How the KV cache is compressed after prefill. Names and defaults are those of the SparseMM paper and its code.
+
+    Args:
+        method: one of `sparsemm_lmms.methods.METHODS`.
+        budget: tokens kept per kv head on average, the local window included (B).
+        window_size: the last W prompt tokens: always kept, and their queries score all other tokens.
+        kernel_size: width of the pooling over positions (odd).
+        pooling: `avgpool` or `maxpool` over positions.
+        gqa_func: `mean` or `max` over the query heads of one kv head.
+        ratio: sparsemm and random: share of `budget - window_size` that every head gets (rho of the paper).
+        floor_ratio: adakv: share of a head's budget that is not shared out inside the layer.
+        normalize: adakv: weigh heads by the attention mass that their best tokens hold.
+        skip: adakv: the first `skip` layers keep a uniform budget.
+        beta: pyramidkv: the shallowest share is `budget / beta`.
+        redistribute: spend exactly `min(budget, prompt)` tokens per head on average; the published rules lose some.
+        seed: random: which table of random head scores is drawn.
+        kernel_backend: `auto` (Triton on CUDA, torch elsewhere), `triton` or `torch`.
+
+    Raises:
+        ValueError: one sentence naming the argument, the value and what is accepted.
+    """
+
+    method: str = "sparsemm"
+    budget: int = 256
+    window_size: int = 32
+    kernel_size: int = 5
+    pooling: str = "avgpool"
+    gqa_func: str = "mean"
+    ratio: float = 0.1
+    floor_ratio: float = 0.2
+    normalize: bool = True
+    skip: int = 0
+    beta: int = 20
+    redistribute: bool = False
+    seed: int = 0
+    kernel_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, parse_value(field.name, getattr(self, field.name), str(field.type)))
+        from .methods import METHODS
+
+        _one_of("method", self.method, tuple(METHODS))
+        _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("gqa_func", self.gqa_func, GQA_FUNCS)
+        _one_of("kernel_backend", self.kernel_backend, KERNEL_BACKENDS)
+        _at_least("window_size", self.window_size, 1)
+        _at_least("beta", self.beta, 1)
+        _at_least("skip", self.skip, 0)
+        _at_least("seed", self.seed, 0)
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd and positive, for example 5 or 7.")
+        for name in ("ratio", "floor_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+        if METHODS[self.method].compresses and self.budget <= self.window_size:
+            raise ValueError(
+                f"budget={self.budget} must be larger than window_size={self.window_size}: the budget counts the local "
+                "window, so raise budget or lower window_size."
+            )
+
+    @property
+    def base(self) -> int:
+        """Tokens per kv head outside the window (`budget - window_size`)."""
+        return self.budget - self.window_size
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CompressionConfig:
+        """Build from a mapping whose values may be the strings of a command line (`"64"`, `"true"`).
+
+        Raises:
+            ValueError: for an unknown key (with the known ones and the nearest) or a bad value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(unknown_name("argument", key, known))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def parse_value(name: str, value: Any, kind: str) -> Any:
+    """Convert `value` to the type named by `kind` (`int`, `float`, `bool`, `str`) or say in one sentence why not."""
+    if kind == "bool":
+        if isinstance(value, bool):
+            return value
+        word = str(value).strip().lower()
+        if word in _TRUE + _FALSE:
+            return word in _TRUE
+    elif kind == "int" and not isinstance(value, bool):
+        try:
+            if float(value) == int(float(value)):
+                return int(float(value))
+        except (TypeError, ValueError, OverflowError):
+            pass
+    elif kind == "float" and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif kind == "str" and isinstance(value, str):
+        return value
+    wanted = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word"}[kind]
+    raise ValueError(f"{name}={value!r} is not {wanted}.")
+
+
+def unknown_name(what: str, name: str, known: list[str] | tuple[str, ...]) -> str:
+    """The sentence for an unknown name: what is known, and which of it is nearest."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"Unknown {what} {name!r}; known: {', '.join(known)}.{hint}"
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(unknown_name(name, value, known))
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"{name}={value} must be at least {low}.")

@@ -1,0 +1,17 @@
+"""Local window: the most recent tokens only (the first row of SparseMM's Table 2; StreamingLLM without sinks)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import LayerPrompt, Method
+
+
+@dataclass(frozen=True)
+class LocalWindow(Method):
+    """Every head keeps the last `budget` tokens."""
+
+    scorer = "recency"
+
+    def sequence_capacities(self, prompt: LayerPrompt, b: int, length: int) -> int:
+        return self.config.base

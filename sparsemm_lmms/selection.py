@@ -1,0 +1,172 @@
+"""From scores and counts to kept positions. The cache and the study functions below share this code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .budgets import sparsemm_capacities, visual_shares
+from .config import CompressionConfig
+from .kernels import window_score
+from .methods import METHODS, LayerPrompt, Method, Model
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The columns of a left-padded prompt that each head keeps.
+
+    Attributes:
+        index: int32 `[batch, kv_heads, most]` on the device of the keys, ascending columns; the first `counts` count.
+        counts: int64 `[batch, kv_heads]` on the host, window included.
+    """
+
+    index: Tensor
+    counts: np.ndarray
+
+
+def select(
+    method: Method, layer_idx: int, query: Tensor, key: Tensor, scaling: float, prompt_lengths: tuple[int, ...]
+) -> Selection:
+    """Choose what each kv head of one layer keeps of its prompt.
+
+    Args:
+        query: post-RoPE queries `[batch, q_heads, n, head_dim]`.
+        key: post-RoPE keys `[batch, kv_heads, n, head_dim]`.
+        scaling: factor of q.k (`head_dim ** -0.5`).
+        prompt_lengths: real tokens of each sequence; the rest of the n columns is padding on the left.
+    """
+    config, (batch, heads, columns) = method.config, key.shape[:3]
+    window = min(config.window_size, columns)
+    lengths = tuple(max(length - window, 0) for length in prompt_lengths)
+    pads = [columns - length for length in prompt_lengths]
+    if max(lengths) == 0 or not method.compresses or all(n < config.budget for n in prompt_lengths):
+        outside = np.broadcast_to(np.asarray(lengths)[:, None], (batch, heads))
+        newest_first = torch.arange(columns - window - 1, -1, -1, device=key.device)  # so that padding comes last
+        prefix = newest_first.expand(batch, heads, -1)
+    else:
+        scores = _scores(method, query, key, scaling, pads)
+        outside = method.counts(LayerPrompt(layer_idx, scores, lengths))
+        prefix = torch.topk(scores, int(outside.max()), dim=-1).indices
+    return _gather_columns(prefix, outside, pads, columns, window)
+
+
+def _scores(method: Method, query: Tensor, key: Tensor, scaling: float, pads: list[int]) -> Tensor:
+    """float32 `[batch, kv_heads, L]` over the columns before the window; -inf in the padding."""
+    config, columns = method.config, key.shape[2]
+    pad = torch.tensor(pads, dtype=torch.int32, device=key.device) if any(pads) else None
+    if method.scorer == "window":
+        return window_score(
+            query[:, :, -config.window_size :],
+            key,
+            scaling=scaling,
+            kernel_size=config.kernel_size,
+            pooling=config.pooling,
+            gqa_func=config.gqa_func,
+            pad=pad,
+            backend=config.kernel_backend,
+        )
+    recency = torch.arange(columns - config.window_size, dtype=torch.float32, device=key.device)
+    scores = recency.expand(key.shape[0], key.shape[1], -1)
+    return scores if pad is None else scores.masked_fill(recency < pad[:, None, None], float("-inf"))
+
+
+def _gather_columns(prefix: Tensor, outside: np.ndarray, pads: list[int], columns: int, window: int) -> Selection:
+    """Join the best `outside[b, h]` of the ranked `prefix` columns with the window, ascending."""
+    device, (batch, heads, most) = prefix.device, prefix.shape
+    take = torch.as_tensor(np.ascontiguousarray(outside), device=device)[..., None]
+    first = torch.tensor(pads, device=device)[:, None, None]
+    tail = torch.arange(columns - window, columns, device=device).expand(batch, heads, -1)
+    dropped = torch.cat([torch.arange(most, device=device) >= take, tail < first], dim=-1)
+    counts = outside + np.minimum(columns - np.asarray(pads), window)[:, None]
+    index = torch.cat([prefix, tail], dim=-1).masked_fill(dropped, columns).sort(dim=-1).values
+    return Selection(index[..., : int(counts.max())].to(torch.int32), counts)
+
+
+def kept_positions(
+    method: str,
+    query: Tensor,
+    key: Tensor,
+    *,
+    budget: int,
+    num_layers: int = 1,
+    layer_idx: int = 0,
+    head_scores: np.ndarray | Tensor | None = None,
+    window_size: int = 32,
+    kernel_size: int = 5,
+    pooling: str = "avgpool",
+    gqa_func: str = "mean",
+    ratio: float = 0.1,
+    floor_ratio: float = 0.2,
+    normalize: bool = True,
+    skip: int = 0,
+    beta: int = 20,
+    redistribute: bool = False,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Positions that `method` keeps of one layer's prompt, with the very code that the cache runs.
+
+    Args:
+        query: post-RoPE queries `[q_heads, n, head_dim]`.
+        key: post-RoPE keys `[kv_heads, n, head_dim]`.
+        budget: tokens per kv head on average, window included.
+        num_layers, layer_idx: depth of the model and which layer this is (pyramidkv, sparsemm, adakv's `skip`).
+        head_scores: `[layers, q_heads]`, for sparsemm.
+
+    Returns:
+        For each kv head an int64 tensor of ascending positions, window included.
+
+    Raises:
+        ValueError: for bad settings or shapes.
+    """
+    if query.ndim != 3 or key.ndim != 3 or query.shape[1:] != key.shape[1:] or query.shape[0] % key.shape[0]:
+        raise ValueError(
+            f"query {list(query.shape)} and key {list(key.shape)} must be [q_heads, n, d] and [kv_heads, n, d] with "
+            "kv_heads dividing q_heads."
+        )
+    if not 0 <= layer_idx < num_layers:
+        raise ValueError(f"layer_idx={layer_idx} must lie in 0..{num_layers - 1} (num_layers={num_layers}).")
+    config = CompressionConfig(
+        method=method, budget=budget, window_size=window_size, kernel_size=kernel_size, pooling=pooling,
+        gqa_func=gqa_func, ratio=ratio, floor_ratio=floor_ratio, normalize=normalize, skip=skip, beta=beta,
+        redistribute=redistribute, seed=seed,
+    )  # fmt: skip
+    model = Model(num_layers, query.shape[0], key.shape[0])
+    built = build_method(config, model, None if head_scores is None else np.asarray(head_scores, dtype=np.float64))
+    scaling = query.shape[-1] ** -0.5
+    chosen = select(built, layer_idx, query[None], key[None], scaling, (key.shape[1],))
+    return [row[:count].long() for row, count in zip(chosen.index[0], chosen.counts[0].tolist(), strict=True)]
+
+
+def head_budgets(
+    head_scores: np.ndarray | Tensor, *, kv_heads: int, budget: int, window_size: int = 32, ratio: float = 0.1
+) -> Tensor:
+    """SparseMM's capacities for a table of head scores, before they are clamped to a prompt.
+
+    Args:
+        head_scores: `[layers, q_heads]`.
+
+    Returns:
+        int32 `[layers, kv_heads]`, window not included.
+    """
+    config = CompressionConfig(method="sparsemm", budget=budget, window_size=window_size, ratio=ratio)
+    shares = visual_shares(np.asarray(head_scores, dtype=np.float64), kv_heads)
+    return torch.from_numpy(sparsemm_capacities(shares, config.base, config.ratio)).to(torch.int32)
+
+
+def build_method(config: CompressionConfig, model: Model, head_scores: np.ndarray | None = None) -> Method:
+    """The method object for a configuration and a model's shape; draws the table of `random`.
+
+    Raises:
+        ValueError: head scores missing, of another shape, or given to a method that does not use them.
+    """
+    cls = METHODS[config.method]
+    if config.method == "random":
+        from .head_scores import HeadScores
+
+        head_scores = HeadScores.random(model.num_layers, model.q_heads, config.seed).values
+    elif not cls.needs_head_scores:
+        head_scores = None
+    return cls(config, model, head_scores)

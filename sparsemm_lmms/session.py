@@ -1,0 +1,136 @@
+"""`compress`: switch a transformers model to per-head compressed KV caches, and back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from .attention import PREFIX, register
+from .cache import RaggedCache
+from .config import CompressionConfig
+from .head_scores import HeadScores
+from .methods import METHODS, Model
+from .selection import build_method
+
+
+class CompressionSession:
+    """A model under compression. `cache` is the cache of the newest batch.
+
+    Attributes:
+        model: the model.
+        config: the settings.
+        method: the method object (shape of the model, head scores, allocation).
+        cache: the newest `RaggedCache`, None before the first prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: CompressionConfig, head_scores: HeadScores | None) -> None:
+        self.model, self.config = model, config
+        self.method = build_method(config, model_shape(model), _score_values(config, head_scores))
+        self.cache: RaggedCache | None = None
+        self._signature = inspect.signature(model.forward)
+        rest = [p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        self._rest = rest[0] if rest else ""
+
+    def new_cache(self, max_new_tokens: int | None = None) -> RaggedCache:
+        """An empty cache for one batch, with room for `max_new_tokens` more tokens (128 when None, then it grows)."""
+        self.cache = RaggedCache(self.method, max_new_tokens)
+        return self.cache
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given.update(given.pop(self._rest, {}))
+        cache = given.get("past_key_values")
+        if given.get("use_cache") is False:
+            raise ValueError("A model under sparsemm_lmms.compress needs use_cache=True.")
+        if not isinstance(cache, RaggedCache):
+            if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
+                raise ValueError(
+                    f"past_key_values is a filled {type(cache).__name__}; under sparsemm_lmms.compress pass the cache "
+                    "of session.new_cache() or none."
+                )
+            cache = self.new_cache()
+        elif cache.method is not self.method:
+            raise ValueError("past_key_values belongs to another compression session; call session.new_cache().")
+        self.cache = cache
+        inputs = given["inputs_embeds"] if given.get("inputs_embeds") is not None else given.get("input_ids")
+        if inputs is None:
+            raise ValueError("The forward pass has neither input_ids nor inputs_embeds.")
+        cache.begin(inputs.shape[1], inputs.shape[0], given.get("attention_mask"), inputs.device)
+        if "past_key_values" in kwargs or len(args) <= list(self._signature.parameters).index("past_key_values"):
+            return args, {**kwargs, "past_key_values": cache}
+        position = list(self._signature.parameters).index("past_key_values")
+        return (*args[:position], cache, *args[position + 1 :]), kwargs
+
+
+@contextmanager
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    head_scores: HeadScores | str | None = None,
+) -> Iterator[CompressionSession]:
+    """Run `model` with compressed KV caches inside the `with` block; afterwards it is the stock model again.
+
+    Every prompt that goes through `model.generate` or `model(...)` is compressed layer by layer during its prefill.
+
+    Args:
+        model: a transformers model whose attention follows the AttentionInterface.
+        config: the settings.
+        head_scores: measured scores (or the path of their file) for `method="sparsemm"`.
+
+    Raises:
+        ValueError: for settings or scores that do not fit the model, or a model that is already compressed.
+
+    Example:
+        >>> with compress(model, CompressionConfig(method="snapkv", budget=128)) as session:
+        ...     tokens = model.generate(**inputs, max_new_tokens=64)
+        ...     print(session.cache.report()["kept_tokens"])
+    """
+    text = model.config.get_text_config(decoder=True)
+    before = text._attn_implementation
+    if before.startswith(PREFIX):
+        raise ValueError("This model is already under sparsemm_lmms.compress; leave the first `with` block before.")
+    _check_architecture(model)
+    scores = HeadScores.load(head_scores) if isinstance(head_scores, str) else head_scores
+    session = CompressionSession(model, config, scores)
+    key = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)
+    name = register(before)
+    model.set_attn_implementation({key: name} if key else name)
+    hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
+    try:
+        if text._attn_implementation != name:
+            raise ValueError(f"{type(model).__name__} does not let its attention be replaced: it cannot be compressed.")
+        yield session
+    finally:
+        hook.remove()
+        model.set_attn_implementation({key: before} if key else before)
+
+
+def model_shape(model: PreTrainedModel) -> Model:
+    """Layers, query heads and kv heads of the model's text decoder."""
+    text = model.config.get_text_config(decoder=True)
+    return Model(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
+
+
+def _score_values(config: CompressionConfig, head_scores: HeadScores | None) -> np.ndarray | None:
+    if METHODS[config.method].needs_head_scores and config.method != "random":
+        if head_scores is None:
+            raise ValueError(
+                f"method={config.method!r} needs head_scores: pass HeadScores.load(path); `sparsemm-lmms chase` makes "
+                "such a file."
+            )
+        return head_scores.values
+    return None
+
+
+def _check_architecture(model: PreTrainedModel) -> None:
+    text = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"{type(model).__name__} has layers of type {sorted(kinds)}; only full attention works.")
