@@ -1,0 +1,1 @@
+"""The hosts' side of the package: lmms-eval models named `<family>_<method>`."""

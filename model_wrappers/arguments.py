@@ -1,0 +1,166 @@
+"""`--model_args`: which exist, what they mean, and one clear sentence for each that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import CompressionConfig, parse_value, unknown_name
+from ..methods import METHODS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+DEMO = "demo"
+"""`pretrained=demo` is the packaged demo model of the family."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families.
+
+    Attributes:
+        name: prefix of the registered names.
+        model_type: `model_type` in the checkpoint's config.json.
+        architecture: class in transformers.
+        pretrained: default checkpoint.
+        max_new_tokens: used when a task sets none, as the host's stock model of this family does.
+        strip_answers: whether white space around answers is removed, as the stock model does or doesn't.
+        system_prompt: the stock model's, or None for none.
+        pixel_limits: (min_pixels, max_pixels) of the stock model, or None where images have no such limits.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    pretrained: str
+    max_new_tokens: int
+    strip_answers: bool = False
+    system_prompt: str | None = None
+    pixel_limits: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything in `--model_args` that is not a setting of the compression.
+
+    Attributes:
+        pretrained: a Hugging Face repository, a local folder, or `demo`.
+        revision: branch, tag or commit of the repository.
+        dtype: of weights and cache; `auto` is bfloat16 on CUDA and float32 elsewhere.
+        device: `auto` is CUDA when there is one, else the CPU.
+        device_map: accelerate's device map (`auto` spreads one model over several GPUs), or None.
+        attn_implementation: attention of the prefill and the vision tower.
+        trust_remote_code: run code from the repository.
+        system_prompt: text, or a file that holds it; None for none.
+        batch_size: prompts generated together (left padded).
+        head_scores: `auto`, a file, `uniform`, `random` or `layer_mean` (sparsemm only).
+        min_pixels, max_pixels: limits to which Qwen2-VL resizes images; None leaves the checkpoint's own.
+    """
+
+    pretrained: str
+    revision: str = "main"
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    system_prompt: str | None = None
+    batch_size: int = 1
+    head_scores: str = "auto"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", DTYPES), ("attn_implementation", ATTENTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(unknown_name(name, getattr(self, name), known))
+        for name in ("batch_size", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels} must not exceed max_pixels={self.max_pixels}.")
+
+    @property
+    def is_demo(self) -> bool:
+        return self.pretrained == DEMO
+
+
+def split_arguments(family: Family, method: str, given: dict[str, Any]) -> tuple[RunOptions, CompressionConfig]:
+    """Check `given` and split it into the options of the run and the settings of the compression.
+
+    Values may be strings as a command line has them; None and "None" mean "not given".
+
+    Raises:
+        ValueError: one sentence with the known arguments and the nearest, before anything is loaded.
+    """
+    known_run = known_run_options(family, method)
+    known_config = known_settings(method)
+    run: dict[str, Any] = {}
+    config: dict[str, Any] = {"method": method}
+    for name, value in given.items():
+        absent = value is None or str(value).strip().lower() in ("none", "")
+        if name in known_run:
+            run |= {name: None} if absent and name == "system_prompt" else {} if absent else {name: value}
+        elif name in known_config:
+            config |= {} if absent else {name: value}
+        else:
+            raise ValueError(_refusal(family, method, name, sorted(known_run | known_config)))
+    return _run_options(family, run), CompressionConfig.from_dict(config)
+
+
+def known_run_options(family: Family, method: str) -> set[str]:
+    """Names of the options of a run that mean something for this family and method."""
+    names = {field.name for field in dataclasses.fields(RunOptions)}
+    if family.pixel_limits is None:
+        names -= {"min_pixels", "max_pixels"}
+    if method != "sparsemm":
+        names -= {"head_scores"}
+    return names
+
+
+def known_settings(method: str) -> set[str]:
+    """Names of the settings of the compression that this method may be given.
+
+    Settings that all methods share are accepted even where they have no effect (`budget` for fullkv), so that one
+    line of arguments can run through all methods; `without_effect` names them.
+    """
+    foreign = {name for other in METHODS.values() for name in other.arguments} - set(METHODS[method].arguments)
+    return {field.name for field in dataclasses.fields(CompressionConfig)} - {"method"} - (foreign - {"seed"})
+
+
+def without_effect(method: str, given: dict[str, Any]) -> list[str]:
+    """Those of the given settings that this method accepts but does not use."""
+    unused: tuple[str, ...] = ()
+    if METHODS[method].scorer != "window":
+        unused = ("kernel_size", "pooling", "gqa_func")
+    if not METHODS[method].compresses:
+        unused += ("budget", "window_size", "redistribute")
+    return [name for name in unused if name in given]
+
+
+def _run_options(family: Family, run: dict[str, Any]) -> RunOptions:
+    run.setdefault("pretrained", family.pretrained)
+    if run["pretrained"] != DEMO:  # a demo model brings its own prompt and image sizes
+        run.setdefault("system_prompt", family.system_prompt)
+        if family.pixel_limits is not None:
+            run.setdefault("min_pixels", family.pixel_limits[0])
+            run.setdefault("max_pixels", family.pixel_limits[1])
+    kinds = {field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(RunOptions)}
+    for name, value in run.items():
+        if value is not None:
+            run[name] = parse_value(name, str(value) if kinds[name] == "str" else value, kinds[name])
+    return RunOptions(**run)
+
+
+def _refusal(family: Family, method: str, name: str, known: list[str]) -> str:
+    """The sentence for an argument that this model does not know."""
+    knowing = [other for other, cls in METHODS.items() if name in cls.arguments]
+    if name == "head_scores":
+        knowing = ["sparsemm"]
+    if knowing:
+        return f"{family.name}_{method} has no argument {name!r}: only {' and '.join(knowing)} know it."
+    if name in ("min_pixels", "max_pixels"):
+        return f"{family.name}_{method} has no argument {name!r}: only qwen2_vl models resize images by pixel limits."
+    return unknown_name(f"argument of {family.name}_{method}", name, known)

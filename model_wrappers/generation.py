@@ -1,0 +1,144 @@
+"""Generation settings as the host gives them, stop strings, and the clock for TTFT and TPOT."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from ..config import parse_value
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How one batch is generated: greedy unless the task or `--gen_kwargs` asks for more.
+
+    Sampling happens when `temperature` > 0 (the rule of the host's stock models) unless `do_sample` says no;
+    `do_sample=True` alone means temperature 1.
+    """
+
+    max_new_tokens: int
+    until: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    num_beams: int = 1
+    repetition_penalty: float | None = None
+
+    @classmethod
+    def from_host(cls, gen_kwargs: Mapping[str, Any], max_new_tokens: int) -> GenerationSettings:
+        """Read the host's `gen_kwargs`; `max_new_tokens` is the default of the family.
+
+        >>> GenerationSettings.from_host({"until": "\\n", "temperature": 0}, 16)
+        GenerationSettings(max_new_tokens=16, until=('\\n',), temperature=0.0, top_p=None, top_k=None, num_beams=1, \
+repetition_penalty=None)
+        """
+        values = {key: value for key, value in gen_kwargs.items() if value is not None and value != "None"}
+        sampling = values.get("do_sample")
+        temperature = parse_value("temperature", values.get("temperature", 1.0 if sampling else 0.0), "float")
+        if sampling is not None and not parse_value("do_sample", sampling, "bool"):
+            temperature = 0.0
+        numbers = {
+            name: parse_value(name, values[name], kind)
+            for name, kind in (
+                ("max_new_tokens", "int"),
+                ("top_p", "float"),
+                ("top_k", "int"),
+                ("num_beams", "int"),
+                ("repetition_penalty", "float"),
+            )
+            if name in values
+        }
+        settings = cls(**{"max_new_tokens": max_new_tokens, **numbers}, temperature=temperature, until=_until(values))
+        if settings.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={settings.max_new_tokens} must be at least 1.")
+        return settings
+
+    @staticmethod
+    def ignored(gen_kwargs: Mapping[str, Any]) -> list[str]:
+        """Keys of `gen_kwargs` that have no meaning here (the stock models pass over them as well)."""
+        return sorted(set(gen_kwargs) - {"do_sample"} - set(GenerationSettings.__dataclass_fields__))
+
+    def for_generate(self) -> dict[str, Any]:
+        """Arguments of `model.generate`; a checkpoint's own sampling defaults are switched off when greedy."""
+        sample = self.temperature > 0
+        arguments: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": sample,
+            "temperature": self.temperature if sample else None,
+            "top_p": self.top_p if sample else None,
+            "top_k": self.top_k if sample else None,
+            "num_beams": self.num_beams,
+        }
+        if self.repetition_penalty is not None:
+            arguments["repetition_penalty"] = self.repetition_penalty
+        return arguments
+
+    def cut(self, text: str) -> str:
+        """`text` up to the first stop string.
+
+        >>> GenerationSettings(8, until=("B", "D")).cut("ACDB")
+        'AC'
+        """
+        return text[: min((text.index(stop) for stop in self.until if stop in text), default=len(text))]
+
+
+class StepClock(StoppingCriteria):
+    """Takes the time at the first and the last generated token; never stops anything.
+
+    On CUDA it waits for the device twice in all, at the first token and at the end, so decoding is not slowed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.steps = device, 0
+        self.first: float | None = None
+        self.last = 0.0
+        self._wait()
+        self.start = time.perf_counter()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.first is None:
+            self._wait()
+            self.first = time.perf_counter()
+        self.steps += 1
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def stop(self) -> None:
+        """Call when `generate` has returned."""
+        self._wait()
+        self.last = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the call of `generate` to its end."""
+        return self.last - self.start
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token: vision tower, prefill and compression."""
+        return (self.last if self.first is None else self.first) - self.start
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean seconds of a decode step (one token for every sequence of the batch), None if there was none."""
+        if self.first is None or self.steps < 2:
+            return None
+        return (self.last - self.first) / (self.steps - 1)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _until(values: Mapping[str, Any]) -> tuple[str, ...]:
+    until = values.get("until", ())
+    if isinstance(until, str):
+        until = (until,)
+    if not isinstance(until, Sequence) or not all(isinstance(stop, str) for stop in until if stop is not None):
+        raise ValueError(f"until={until!r} must be a string or a list of strings.")
+    return tuple(stop for stop in until if stop)

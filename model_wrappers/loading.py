@@ -1,0 +1,128 @@
+"""From `pretrained=...` to a model and its processor, with every failure as one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from .arguments import DEMO, Family, RunOptions
+from .names import FAMILIES
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model with its processor (left padding) and where they came from."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    path: str
+
+
+def resolve_device(options: RunOptions, accelerator: Accelerator) -> torch.device:
+    """The device of this process: accelerate's with several processes, else the asked one, else CUDA before CPU."""
+    if accelerator.num_processes > 1:
+        if options.device_map is not None:
+            raise ValueError("device_map spreads one model over the GPUs; it cannot be combined with several processes.")
+        if options.device != "auto" and torch.device(options.device).type != accelerator.device.type:
+            raise ValueError(f"device={options.device} differs from accelerate's {accelerator.device}; set only one.")
+        return accelerator.device
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ValueError(f"device={options.device!r} is no torch device; use cuda, cuda:1 or cpu.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={options.device} was asked for, but torch sees no GPU here; use device=cpu.")
+    return device
+
+
+def resolve_dtype(options: RunOptions, device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA and float32 elsewhere and for the demo models, unless asked otherwise."""
+    if options.dtype != "auto":
+        return getattr(torch, options.dtype)
+    if device.type != "cuda" or options.is_demo:
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def checkpoint_path(family: Family, options: RunOptions) -> str:
+    """Folder or repository of the weights; `demo` is the packaged model."""
+    if not options.is_demo:
+        return options.pretrained
+    from ..demo import model_path
+
+    return str(model_path(family.name))
+
+
+def read_config(family: Family, options: RunOptions) -> dict[str, Any]:
+    """The checkpoint's config.json, checked to be of this family before any weight is read.
+
+    Raises:
+        ValueError: if it cannot be found or belongs to another kind of model.
+    """
+    path = checkpoint_path(family, options)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path, revision=options.revision)
+    except OSError as error:
+        raise ValueError(_unreachable(options, error)) from error
+    found = config.get("model_type")
+    if found == family.model_type:
+        return config
+    hint = f"; it belongs to the {found}_* models" if found in FAMILIES else ""
+    raise ValueError(
+        f"pretrained={options.pretrained} is a {found!r} checkpoint, but {family.name}_* models need "
+        f"a {family.model_type!r} one, for example {family.pretrained}{hint}."
+    )
+
+
+def load_checkpoint(family: Family, options: RunOptions, device: torch.device) -> Checkpoint:
+    """Load weights and processor. Call `read_config` first."""
+    path = checkpoint_path(family, options)
+    shared: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    try:
+        processor = AutoProcessor.from_pretrained(path, **shared)
+        model = getattr(transformers, family.architecture).from_pretrained(
+            path,
+            **shared,
+            dtype=resolve_dtype(options, device),
+            attn_implementation=options.attn_implementation,
+            device_map=options.device_map,
+        )
+    except OSError as error:
+        raise ValueError(_unreachable(options, error)) from error
+    if options.device_map is None:
+        model.to(device)
+    _prepare_processor(processor, options)
+    return Checkpoint(model.eval(), processor, path)
+
+
+def _prepare_processor(processor: ProcessorMixin, options: RunOptions) -> None:
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            f"pretrained={options.pretrained} has no chat template in its processor, so prompts cannot be written; "
+            "use a chat checkpoint in the Hugging Face format (llava-hf/..., Qwen/...-Instruct)."
+        )
+    limits = {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}
+    if given := {edge: value for edge, value in limits.items() if value is not None}:
+        size = processor.image_processor.size
+        processor.image_processor.size = type(size)(**{edge: size[edge] for edge in limits} | given)
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+
+
+def _unreachable(options: RunOptions, error: OSError) -> str:
+    reason = str(error).strip().split("\n")[0].rstrip(".")
+    if Path(options.pretrained).is_dir():
+        return f"pretrained={options.pretrained} is no complete Hugging Face checkpoint: {reason}."
+    return (
+        f"pretrained={options.pretrained} is no local folder and could not be loaded from Hugging Face ({reason}); "
+        f"without a network use pretrained={DEMO}, the packaged demo model."
+    )
