@@ -16,10 +16,183 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .backend import check_device, check_int32, check_rows, resolve_backend
+from .backend import (
+    check_device,
+    check_int32,
+    check_rows,
+    jit,
+    multiprocessors,
+    on_device_of,
+    resolve_backend,
+    tl,
+    triton,
+)
 
 POOLINGS = ("avgpool", "maxpool")
 GQA_FUNCS = ("mean", "max")
+BLOCK_W = 32  # query rows a program multiplies at once: the published window; a smaller one is padded
+MAX_SPLITS = 64  # partial statistics a row; read back whole by every program of the second pass
+BLOCK_P = 1024  # positions a program pools
+
+
+@jit(do_not_specialize=["q_heads", "group", "window", "n", "chunk", "splits"])
+def _statistics_kernel(
+    query,
+    key,
+    pad,
+    partial,
+    query_stride_b,
+    query_stride_h,
+    query_stride_w,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    scaling,
+    q_heads,
+    group,
+    window,
+    n,
+    chunk,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Log-sum-exp of a block of rows over one chunk of columns -> partial `[batch * q_heads, window, splits]`."""
+    split = tl.program_id(0)
+    b = (tl.program_id(1) // q_heads).to(tl.int64)
+    head = tl.program_id(1) % q_heads
+    w = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
+    d = tl.arange(0, BLOCK_D)
+    query += b * query_stride_b + head.to(tl.int64) * query_stride_h
+    key += b * key_stride_b + (head // group).to(tl.int64) * key_stride_h
+    q = tl.load(
+        query + w.to(tl.int64)[:, None] * query_stride_w + d[None, :],
+        (w < window)[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    hidden = tl.load(pad + b)
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, n)
+    begin = tl.maximum(begin, hidden // BLOCK_N * BLOCK_N)
+
+    top = tl.full([BLOCK_W], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_W], tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        k = tl.load(
+            key + column.to(tl.int64)[None, :] * key_stride_n + d[:, None],
+            (column < end)[None, :] & (d < HEAD_DIM)[:, None],
+            other=0.0,
+        )
+        # "ieee": float32 inputs would go through tf32 otherwise, whose 10 bits reorder close scores.
+        logits = tl.dot(q, k, input_precision="ieee") * scaling
+        seen = (column >= hidden) & (column < end)
+        causal = column[None, :] <= (n - window + w)[:, None]
+        logits = tl.where(seen[None, :] & causal, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        total = total * tl.exp(top - finite) + tl.sum(tl.exp(logits - finite[:, None]), 1)
+        top = new_top
+    lse = tl.where(total == 0.0, float("-inf"), top + tl.log(tl.where(total == 0.0, 1.0, total)))
+    row = tl.program_id(1).to(tl.int64) * window + w
+    tl.store(partial + row * splits + split, lse, mask=w < window)
+
+
+@jit(do_not_specialize=["kv_heads", "group", "window", "n", "splits", "use_max"])
+def _mean_kernel(
+    query,
+    key,
+    pad,
+    partial,
+    mean,
+    query_stride_b,
+    query_stride_h,
+    query_stride_w,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    scaling,
+    kv_heads,
+    group,
+    window,
+    n,
+    splits,
+    use_max,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """Column means of one tile of keys over all rows of its query heads -> mean `[batch * kv_heads, n - window]`.
+
+    The tile is read once for all heads; the probabilities live in registers only.
+    """
+    length = n - window
+    b = (tl.program_id(1) // kv_heads).to(tl.int64)
+    h = (tl.program_id(1) % kv_heads).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    s = tl.arange(0, MAX_SPLITS)
+    k = tl.load(
+        key + b * key_stride_b + h * key_stride_h + column.to(tl.int64)[None, :] * key_stride_n + d[:, None],
+        (column < length)[None, :] & (d < HEAD_DIM)[:, None],
+        other=0.0,
+    )
+    seen = (column >= tl.load(pad + b)) & (column < length)  # before the window, so the causal mask is moot
+    result = tl.zeros([BLOCK_N], tl.float32)
+    for g in range(0, group):
+        head = h * group + g
+        column_sum = tl.zeros([BLOCK_N], tl.float32)
+        for first in range(0, window, BLOCK_W):
+            w = first + tl.arange(0, BLOCK_W)
+            row = (b * kv_heads * group + head) * window + w
+            parts = tl.load(
+                partial + row[:, None] * splits + s[None, :],
+                (w < window)[:, None] & (s < splits)[None, :],
+                other=float("-inf"),
+            )
+            top = tl.max(parts, 1)
+            finite = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.sum(tl.exp(parts - finite[:, None]), 1)
+            # Rows without columns (padding, or behind the window): +inf makes their probabilities 0.
+            lse = tl.where(total == 0.0, float("inf"), finite + tl.log(tl.where(total == 0.0, 1.0, total)))
+            q = tl.load(
+                query
+                + b * query_stride_b
+                + head * query_stride_h
+                + w.to(tl.int64)[:, None] * query_stride_w
+                + d[None, :],
+                (w < window)[:, None] & (d < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            logits = tl.dot(q, k, input_precision="ieee") * scaling
+            column_sum += tl.sum(tl.exp(logits - lse[:, None]), 0)
+        column_sum = tl.where(seen, column_sum / window, 0.0)
+        result = tl.where(use_max != 0, tl.maximum(result, column_sum), result + column_sum / group)
+    out = mean + tl.program_id(1).to(tl.int64) * length + column
+    tl.store(out, result, mask=column < length)
+
+
+@jit(do_not_specialize=["kv_heads", "length", "kernel_size", "use_max"])
+def _pool_kernel(mean, pad, out, kv_heads, length, kernel_size, use_max, BLOCK_P: tl.constexpr):
+    """Pooling along the positions; padding columns act as the edge of the sequence does."""
+    segment = tl.program_id(1)
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    hidden = tl.load(pad + segment // kv_heads)
+    base = segment.to(tl.int64) * length
+    total = tl.zeros([BLOCK_P], tl.float32)
+    top = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    for offset in range(0, kernel_size):
+        source = position + offset - kernel_size // 2
+        inside = (source >= hidden) & (source < length)
+        total += tl.load(mean + base + source, inside, other=0.0)
+        top = tl.maximum(top, tl.load(mean + base + source, inside, other=float("-inf")))
+    result = tl.where(use_max != 0, top, total / kernel_size)
+    result = tl.where(position >= hidden, result, float("-inf"))
+    tl.store(out + base + position, result, mask=position < length)
 
 
 def window_score(
@@ -74,8 +247,93 @@ def window_score(
     check_device(query, key, pad)
     if n == window or batch == 0:
         return torch.empty(batch, kv_heads, n - window, dtype=torch.float32, device=key.device)
-    resolve_backend(backend, key)
-    return window_score_torch(query, key, scaling, kernel_size, pooling, gqa_func, pad)
+    if resolve_backend(backend, key) == "torch":
+        return window_score_torch(query, key, scaling, kernel_size, pooling, gqa_func, pad)
+    return _window_score_triton(query, key, scaling, kernel_size, pooling, gqa_func, pad)
+
+
+def tile_columns(head_dim: int, itemsize: int) -> int:
+    """Columns of a key tile: 32 KiB of keys, so that two pipelined tiles fit twice on an SM; at most 128."""
+    return max(16, min(128, 32768 // (max(16, triton.next_power_of_2(head_dim)) * itemsize)))
+
+
+def split_columns(n: int, programs: int, block_n: int, sms: int) -> tuple[int, int]:
+    """(columns a split, number of splits) of the first pass.
+
+    Four programs an SM hide the latency of the loads; a split has at least four tiles, or starting it costs more than
+    it saves, and a row has at most MAX_SPLITS.
+    """
+    splits = max(1, min(-(-4 * sms // programs), MAX_SPLITS, n // (4 * block_n)))
+    chunk = -(-n // (splits * block_n)) * block_n
+    return chunk, -(-n // chunk)
+
+
+def _window_score_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    kernel_size: int,
+    pooling: str,
+    gqa_func: str,
+    pad: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, q_heads, window, head_dim = query.shape
+    kv_heads, n = key.shape[1:3]
+    length, group = n - window, q_heads // kv_heads
+    if pad is None:
+        pad = torch.zeros(batch, dtype=torch.int32, device=key.device)
+    blocks_w = triton.cdiv(window, BLOCK_W)
+    block_n = tile_columns(head_dim, key.element_size())
+    chunk, splits = split_columns(n, batch * q_heads * blocks_w, block_n, multiprocessors(key.device))
+    partial = torch.empty(batch * q_heads, window, splits, dtype=torch.float32, device=key.device)
+    mean = torch.empty(batch, kv_heads, length, dtype=torch.float32, device=key.device)
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    blocks = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_W": BLOCK_W,
+        "BLOCK_N": block_n,
+        "num_warps": 4,
+    }
+    with on_device_of(key):
+        _statistics_kernel[(splits, batch * q_heads, blocks_w)](
+            query,
+            key,
+            pad,
+            partial,
+            *strides,
+            scaling,
+            q_heads,
+            group,
+            window,
+            n,
+            chunk,
+            splits,
+            num_stages=2,
+            **blocks,
+        )
+        _mean_kernel[(triton.cdiv(length, block_n), batch * kv_heads)](
+            query,
+            key,
+            pad,
+            partial,
+            mean,
+            *strides,
+            scaling,
+            kv_heads,
+            group,
+            window,
+            n,
+            splits,
+            int(gqa_func == "max"),
+            MAX_SPLITS=MAX_SPLITS,
+            **blocks,
+        )
+        score = torch.empty_like(mean)
+        _pool_kernel[(triton.cdiv(length, BLOCK_P), batch * kv_heads)](
+            mean, pad, score, kv_heads, length, kernel_size, int(pooling == "maxpool"), BLOCK_P=BLOCK_P, num_warps=4
+        )
+    return score
 
 
 def window_score_torch(
