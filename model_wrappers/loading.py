@@ -70,6 +70,8 @@ def read_config(family: Family, options: RunOptions) -> dict[str, Any]:
     path = checkpoint_path(family, options)
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=options.revision)
+        if not config:
+            raise FileNotFoundError("there is no config.json")
     except OSError as error:
         raise ValueError(_unreachable(options, error)) from error
     found = config.get("model_type")

@@ -1,0 +1,109 @@
+"""Batches through a real (tiny) model: the same text as stock transformers, alone or in a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lmms_eval.protocol import ChatMessages
+
+from sparsemm_lmms import CompressionConfig, HeadScores, compress
+from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.model_wrappers.arguments import RunOptions
+from sparsemm_lmms.model_wrappers.engine import Engine
+from sparsemm_lmms.model_wrappers.generation import GenerationSettings
+from sparsemm_lmms.model_wrappers.llava_next import LlavaNext
+from sparsemm_lmms.model_wrappers.loading import load_checkpoint
+from sparsemm_lmms.model_wrappers.qwen2_vl import Qwen2VL
+
+from .conftest import conversation
+
+FAMILIES = {"llava_next": LlavaNext.family, "qwen2_vl": Qwen2VL.family}
+SETTINGS = GenerationSettings(max_new_tokens=24)
+MIXED = [
+    conversation(1, "What is it?"),
+    conversation(2, "Read the text, please, from left to right.", size=(56, 84)),
+    conversation(3, "Which of these?", images=3, size=(28, 56)),
+    [{"role": "user", "content": [{"type": "text", "text": "No image at all."}]}],
+]
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Engine:
+    options = RunOptions(str(checkpoints[request.param]), min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 30)
+    return Engine(load_checkpoint(FAMILIES[request.param], options, torch.device("cpu")))
+
+
+def answers(engine: Engine, conversations: list[Any], size: int, **config: Any) -> list[str]:
+    scores = HeadScores.random(3, 4, seed=1) if config["method"] == "sparsemm" else None
+    with compress(engine.model, CompressionConfig(**config), scores) as session:
+        batches = [conversations[i : i + size] for i in range(0, len(conversations), size)]
+        return [a.text for batch in batches for a in engine.generate(session, batch, SETTINGS).answers]
+
+
+def stock(engine: Engine, messages: list[Any]) -> str:
+    """What lmms-eval's own chat model does (`models/chat/huggingface.py`): its template call, one prompt, generate."""
+    chat = ChatMessages(messages=messages)
+    text = engine.processor.apply_chat_template(chat.to_hf_messages(), tokenize=False, add_generation_prompt=True)
+    images = chat.extract_media()[0]
+    inputs = engine.processor(text=[text], images=images or None, padding=True, return_tensors="pt")
+    out = engine.model.generate(**inputs, do_sample=False, max_new_tokens=SETTINGS.max_new_tokens)
+    return engine.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+
+def test_fullkv_is_stock_transformers(engine: Engine) -> None:
+    wanted = [stock(engine, messages) for messages in MIXED]
+    assert len(set(wanted)) == len(wanted) and all(wanted)  # the images and questions matter
+    assert answers(engine, MIXED, 1, method="fullkv") == wanted
+    assert answers(engine, MIXED, 4, method="fullkv") == wanted
+    assert [stock(engine, messages) for messages in MIXED] == wanted  # and the model is stock again
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_batch_answers_as_its_prompts_alone(engine: Engine, method: str) -> None:
+    config = {"method": method, "budget": 24, "window_size": 8}
+    alone = answers(engine, MIXED, 1, **config)
+    assert answers(engine, MIXED, 4, **config) == alone
+    if METHODS[method].compresses:
+        assert alone[:3] != answers(engine, MIXED, 1, method="fullkv")[:3]  # something was compressed
+
+
+def test_statistics_of_a_batch(engine: Engine) -> None:
+    with compress(engine.model, CompressionConfig(method="snapkv", budget=24, window_size=8)) as session:
+        batch = engine.generate(session, MIXED, SETTINGS)
+    prompts = [engine.inputs([text], images)["input_ids"].shape[1] for text, images in map(engine.prompt, MIXED)]
+    assert [answer.prompt_tokens for answer in batch.answers] == prompts
+    assert [answer.kept_tokens for answer in batch.answers] == [24.0 if n > 24 else n for n in prompts]
+    text = engine.model.config.get_text_config()
+    row = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4 if hasattr(text, "head_dim") else 0
+    row = row or 2 * text.num_hidden_layers * text.num_key_value_heads * 8 * 4
+    assert batch.kv_bytes == row * sum(answer.kept_tokens + 24 for answer in batch.answers)  # room for 24 new tokens
+    assert batch.kv_bytes_used <= batch.kv_bytes
+    assert batch.kv_bytes_full - batch.kv_bytes_used == row * sum(n - a.kept_tokens for n, a in zip(prompts, batch.answers))
+    assert batch.nominal_budget == 24
+    assert 0 < batch.ttft < batch.elapsed and 0 < batch.tpot < batch.elapsed
+
+
+def test_output_tokens_count_the_end_token_but_no_padding(engine: Engine) -> None:
+    end, pad = engine.processor.tokenizer.eos_token_id, engine.pad
+    letters = engine.processor.tokenizer("abc")["input_ids"]
+    generated = torch.tensor([[*letters, end, pad], [letters[0], letters[0], letters[1], letters[2], letters[2]]])
+    rows = engine._answers(generated, [9, 9], [9.0, 9.0], GenerationSettings(5, until=("b",)))
+    assert [(row.text, row.output_tokens) for row in rows] == [("a", 4), ("aa", 5)]
+
+
+def test_a_system_prompt_comes_first_and_only_once(engine: Engine) -> None:
+    told = Engine.__new__(Engine)
+    told.__dict__ |= {**vars(engine), "system_prompt": "Be brief."}
+    text, images = told.prompt(MIXED[0])
+    assert text.startswith("system: Be brief.user: ") and len(images) == 1
+    own = [{"role": "system", "content": [{"type": "text", "text": "Mine."}]}, *MIXED[0]]
+    assert told.prompt(own)[0].count("system:") == 1
+    assert MIXED[0][0]["role"] == "user"  # the task's messages are left alone
+
+
+def test_video_is_refused(engine: Engine) -> None:
+    with pytest.raises(NotImplementedError, match="text and images only"):
+        engine.prompt([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
