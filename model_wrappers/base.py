@@ -173,14 +173,19 @@ class CompressedChatModel(lmms):
 
     def _say(self, message: str, level: str = "INFO") -> None:
         if self.rank == 0:
-            logger.log(level, message)
+            logger.opt(depth=1).log(level, message)
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def _read_head_scores(self, config: dict[str, Any]) -> HeadScores | None:
         if not METHODS[self.method].needs_head_scores or self.method == "random":
             return None
-        from ..scoring import resolve_head_scores
+        try:
+            from ..scoring import resolve_head_scores
+        except ImportError:  # TODO interim, until the resolver lands
+            scores = HeadScores.load(self.options.head_scores)
+            scores.check_shape(config["text_config"]["num_hidden_layers"], config["text_config"]["num_attention_heads"], "it")
+            return scores
 
         return resolve_head_scores(
             self.options.head_scores,

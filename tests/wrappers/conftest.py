@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import datasets
 import pytest
+from datasets import Dataset, Features, Image, Value
 from lmms_eval.api.instance import Instance
 
 from . import tiny
@@ -78,8 +78,9 @@ def arguments(checkpoints: dict[str, Path], scores: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Callable[..., Path]:
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Write a task `tiny_images` with these image files (bytes) and return the folder for --include_path."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
     def write(images: Sequence[bytes]) -> Path:
         folder = tmp_path / "tasks"
@@ -89,10 +90,8 @@ def task(tmp_path: Path) -> Callable[..., Path]:
             "question": [f"What is it{'?' * (i + 1)}" for i in range(len(images))],
             "answer": ["x"] * len(images),
         }
-        table = pa.table(rows)
-        kind = b'{"info": {"features": {"image": {"_type": "Image"}, "question": {"dtype": "string", "_type": "Value"}, '
-        kind += b'"answer": {"dtype": "string", "_type": "Value"}}}}'
-        pq.write_table(table.replace_schema_metadata({b"huggingface": kind}), folder / "test.parquet")
+        features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+        Dataset.from_dict(rows, features=features).to_parquet(folder / "test.parquet")
         (folder / "tiny_images.yaml").write_text(TASK.format(parquet=folder / "test.parquet"))
         (folder / "utils.py").write_text(UTILS)
         return folder
