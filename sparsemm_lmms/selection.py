@@ -76,7 +76,7 @@ def _scores(method: Method, query: Tensor, key: Tensor, scaling: float, pads: li
 def _gather_columns(prefix: Tensor, outside: np.ndarray, pads: list[int], columns: int, window: int) -> Selection:
     """Join the best `outside[b, h]` of the ranked `prefix` columns with the window, ascending."""
     device, (batch, heads, most) = prefix.device, prefix.shape
-    take = torch.as_tensor(np.ascontiguousarray(outside), device=device)[..., None]
+    take = torch.tensor(outside, device=device)[..., None]
     first = torch.tensor(pads, device=device)[:, None, None]
     tail = torch.arange(columns - window, columns, device=device).expand(batch, heads, -1)
     dropped = torch.cat([torch.arange(most, device=device) >= take, tail < first], dim=-1)

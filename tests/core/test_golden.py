@@ -87,6 +87,10 @@ def test_allocations() -> None:
     assert len(cases) == 128
     for case in cases:
         got = head_budgets(
-            table, kv_heads=case["kv_heads"], budget=case["budget"], window_size=case["window_size"], ratio=case["ratio"]
+            table,
+            kv_heads=case["kv_heads"],
+            budget=case["budget"],
+            window_size=case["window_size"],
+            ratio=case["ratio"],
         )
         np.testing.assert_array_equal(got.numpy(), wanted[case["array"]], err_msg=case["id"])

@@ -105,7 +105,10 @@ def test_decode_equals_masked_attention(loaded, method):
     """An independent check of decoding: stock eager attention with everything evicted masked out gives the same logits."""
     model, processor = loaded
     inputs = encode(processor, PROMPTS[:1])
-    with torch.no_grad(), compress(model, CompressionConfig(method=method, budget=12, **SMALL), scores_for(method)) as s:
+    with (
+        torch.no_grad(),
+        compress(model, CompressionConfig(method=method, budget=12, **SMALL), scores_for(method)) as s,
+    ):
         first = model(**inputs)
         cache, token = first.past_key_values, first.logits[:, -1:].argmax(-1)
         got = model(input_ids=token, past_key_values=cache).logits
@@ -130,7 +133,8 @@ def _masked_step(model, inputs, token, kept):
             hidden[..., -1] = 0
             hooks.append(
                 layer.self_attn.register_forward_pre_hook(
-                    lambda _, args, kwargs, hidden=hidden: (args, {**kwargs, "attention_mask": hidden}), with_kwargs=True
+                    lambda _, args, kwargs, hidden=hidden: (args, {**kwargs, "attention_mask": hidden}),
+                    with_kwargs=True,
                 )
             )
         return model(input_ids=token, past_key_values=cache).logits
