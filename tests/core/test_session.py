@@ -1,4 +1,4 @@
-"""The cache under real LLaVA-NeXT and Qwen2-VL classes: identical to stock where it must be, smaller where it says so."""
+"""The cache under real LLaVA-NeXT and Qwen2-VL classes: stock where it must be, smaller where it says so."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_batch_of_eight_equals_batch_of_one(loaded, method):
 
 @pytest.mark.parametrize("method", COMPRESSING)
 def test_decode_equals_masked_attention(loaded, method):
-    """An independent check of decoding: stock eager attention with everything evicted masked out gives the same logits."""
+    """An independent check: stock eager attention with everything evicted masked out gives the same logits."""
     model, processor = loaded
     inputs = encode(processor, PROMPTS[:1])
     with (
@@ -150,7 +150,7 @@ def _decoder_layers(model):
 
 @pytest.mark.parametrize("budget", [10_000, 12])
 def test_second_prompt_on_a_filled_cache(loaded, budget):
-    """A later turn attends to what was kept plus itself; with a budget that covers everything, as the stock model does."""
+    """A later turn attends to what was kept plus itself; with everything kept, as the stock model does."""
     model, processor = loaded
     inputs = encode(processor, PROMPTS[:1])
     later = processor.tokenizer("And the third?", return_tensors="pt")["input_ids"]
