@@ -1,0 +1,142 @@
+"""Watch where each head looks, without attention matrices.
+
+``watch(model)`` gives the text model an attention function of ours, registered through transformers' own
+``AttentionInterface``, and takes it back in ``finally``. The function returns ``sdpa``'s output untouched and, for the
+last ``rows`` query positions only, keeps per (sequence, query head) the position of the largest attention weight and
+the attention mass on each word's image tokens: numbers that don't grow with the prompt. ``output_attentions=True``
+would keep layers x heads x length x length of them.
+
+The row watched for a token is the one that PREDICTS it (the query of the token before), as in the research code
+(``visual_head/llava_visual_head.py``: ``outputs.attentions[...][-1]`` of the step whose logits gave the token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+NAME = "sparsemm_chase"
+# Elements of the largest temporary (chunk of rows x heads x keys, float32): 64 MiB.
+CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass
+class Watcher:
+    """What one forward pass left behind; ``clear()`` before each.
+
+    rows: how many of the last query positions are watched.
+    words: bool ``[batch, words, prompt]``, which (padded) prompt positions belong to which word box; a pass over more
+    keys than ``prompt`` (decoding, teacher forcing) treats the others as outside every word.
+    targets: int64 ``[batch, rows]``, the word that each row is about to write, -1 for none; None when not known yet,
+    then the mass on every word is kept (free running: the token is known only after the pass).
+    argmax: per layer, int64 ``[batch, q_heads, rows]``, key position of the largest weight.
+    mass: per layer, float32 ``[batch, q_heads, rows]`` with targets, else ``[batch, q_heads, rows, words]``.
+    """
+
+    words: torch.Tensor
+    rows: int = 1
+    targets: torch.Tensor | None = None
+    argmax: dict[int, torch.Tensor] = field(default_factory=dict)
+    mass: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.argmax.clear()
+        self.mass.clear()
+
+    def look(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> None:
+        """query ``[batch, q_heads, q, d]``, key ``[batch, kv_heads, k, d]`` after RoPE; mask as sdpa's or None (causal)."""
+        batch, q_heads, q_length, _ = query.shape
+        rows, k_length = min(self.rows, q_length), key.shape[2]
+        key = key.float()  # bf16 products tie within 8 bits, and the argmax of a tie is noise
+        size = max(1, CHUNK_ELEMENTS // (batch * q_heads * k_length))
+        argmax, mass = [], []
+        for start in range(q_length - rows, q_length, size):
+            stop = min(start + size, q_length)
+            weights = _weights(query[:, :, start:stop], key, _mask_rows(mask, start, stop, q_length, key), scaling)
+            argmax.append(weights.argmax(dim=-1))
+            mass.append(self._mass(weights, start - (q_length - rows)))
+        self.argmax[layer], self.mass[layer] = torch.cat(argmax, dim=2), torch.cat(mass, dim=2)
+
+    def _mass(self, weights: torch.Tensor, first: int) -> torch.Tensor:
+        """weights ``[batch, q_heads, rows, keys]`` of a chunk that begins at watched row ``first``."""
+        prompt = min(self.words.shape[-1], weights.shape[-1])
+        weights, words = weights[..., :prompt], self.words[..., :prompt]
+        if self.targets is None:
+            return weights @ words.transpose(1, 2).unsqueeze(1).to(weights.dtype)
+        chosen = self.targets[:, first : first + weights.shape[2]]
+        index = chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, prompt)
+        return weights.masked_fill_(~words.gather(1, index).unsqueeze(1), 0.0).sum(dim=-1)
+
+
+_ACTIVE: ContextVar[Watcher | None] = ContextVar("sparsemm_chase_watcher", default=None)
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """Attention weights, float32 ``[batch, q_heads, rows, keys]``; keys are not repeated over their query heads."""
+    batch, q_heads, rows, dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.float().reshape(batch, kv_heads, q_heads // kv_heads * rows, dim)
+    logits = torch.matmul(grouped * scaling, key.transpose(2, 3)).view(batch, q_heads, rows, -1)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            logits = logits.masked_fill_(~mask, torch.finfo(torch.float32).min)
+        else:
+            logits = logits + mask.float()
+    return logits.softmax(dim=-1)
+
+
+def _mask_rows(
+    mask: torch.Tensor | None, start: int, stop: int, q_length: int, key: torch.Tensor
+) -> torch.Tensor | None:
+    """Mask rows ``[batch or 1, 1, rows, keys]`` of queries start..stop; sdpa's None means causal, aligned at the end."""
+    k_length = key.shape[2]
+    if mask is not None:
+        return mask[:, :, start:stop, :k_length]
+    if q_length == 1:
+        return None
+    last = torch.arange(start, stop, device=key.device) + k_length - q_length
+    return (torch.arange(k_length, device=key.device)[None, :] <= last[:, None])[None, None]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """``sdpa`` plus a look at the last rows."""
+    watcher = _ACTIVE.get()
+    if watcher is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        watcher.look(module.layer_idx, query, key, attention_mask, scale)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+@contextmanager
+def watch(model: Any, watcher: Watcher) -> Iterator[Watcher]:
+    """Inside, every forward of ``model``'s text model fills ``watcher``; outside, the model is as before."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    before = model.config.get_text_config()._attn_implementation
+    if before == NAME:
+        raise RuntimeError("This model is already being watched; leave the other `watch` first.")
+    token = _ACTIVE.set(watcher)
+    try:
+        model.set_attn_implementation({"text_config": NAME})
+        yield watcher
+    finally:
+        _ACTIVE.reset(token)
+        model.set_attn_implementation({"text_config": before})
