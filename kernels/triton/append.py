@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 
 from .backend import (
+    bits,
+    block_head_dim,
     check_device,
     check_int32,
     check_rows,
@@ -19,11 +21,10 @@ from .backend import (
     on_device_of,
     resolve_backend,
     tl,
-    triton,
 )
 
 
-@jit(do_not_specialize=["heads", "tokens"])
+@jit(do_not_specialize=["heads", "tokens", "has_count"])
 def _append_kernel(
     keys,
     values,
@@ -40,10 +41,10 @@ def _append_kernel(
     value_stride_b,
     value_stride_h,
     value_stride_t,
+    head_dim,
     heads,
     tokens,
-    HAS_COUNT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    has_count,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -54,9 +55,7 @@ def _append_kernel(
     used = tl.load(length + segment)
     room = tl.load(capacity + segment) - used
     first = tl.load(start + segment).to(tl.int64) + used
-    count = tokens
-    if HAS_COUNT:
-        count = tl.load(new_count + b)
+    count = tl.load(new_count + b, mask=has_count != 0, other=tokens)
     # A count outside 0..tokens would read other sequences' rows; it is treated like an overflow.
     fits = (count <= room) & (count >= 0) & (count <= tokens)
     rows = tl.where(fits, count, 0)
@@ -67,17 +66,17 @@ def _append_kernel(
     d = tl.arange(0, BLOCK_D)
     for begin in range(0, rows, BLOCK_T):
         t = begin + tl.arange(0, BLOCK_T)
-        mask = (t < rows)[:, None] & (d < HEAD_DIM)[None, :]
+        mask = (t < rows)[:, None] & (d < head_dim)[None, :]
         source = (skip + t).to(tl.int64)[:, None]
-        target = (first + t)[:, None] * HEAD_DIM + d[None, :]
+        target = (first + t)[:, None] * head_dim + d[None, :]
         key = tl.load(
-            new_keys + b * key_stride_b + h * key_stride_h + source * key_stride_t + d[None, :], mask, other=0.0
+            new_keys + b * key_stride_b + h * key_stride_h + source * key_stride_t + d[None, :], mask, other=0
         )
         tl.store(keys + target, key, mask)
         value = tl.load(
             new_values + b * value_stride_b + h * value_stride_h + source * value_stride_t + d[None, :],
             mask,
-            other=0.0,
+            other=0,
         )
         tl.store(values + target, value, mask)
     tl.store(length + segment, used + rows)
@@ -135,30 +134,27 @@ def append(
     if resolve_backend(backend, keys) == "torch":
         append_torch(keys, values, start, length, capacity, new_keys, new_values, overflow, new_count)
         return
-    block_d = triton.next_power_of_2(head_dim)
-    # A decode step moves one row a segment: one warp suffices and starts fastest.
-    block_t = min(triton.next_power_of_2(tokens), 32)
-    block_t = 1 if block_t == 1 else 32
+    block_t = 1 if tokens == 1 else 32
     with on_device_of(keys):
         _append_kernel[(batch * heads,)](
-            keys,
-            values,
+            bits(keys),
+            bits(values),
             start,
             length,
             capacity,
-            new_keys,
-            new_values,
-            new_count,
+            bits(new_keys),
+            bits(new_values),
+            length if new_count is None else new_count,
             overflow,
             *new_keys.stride()[:3],
             *new_values.stride()[:3],
+            head_dim,
             heads,
             tokens,
-            HAS_COUNT=new_count is not None,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
+            int(new_count is not None),
+            BLOCK_D=block_head_dim(head_dim),
             BLOCK_T=block_t,
-            num_warps=1 if block_t == 1 else 4,
+            num_warps=1 if block_t == 1 else 4,  # a decode step moves one row: one warp starts fastest
         )
 
 

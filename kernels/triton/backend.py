@@ -19,6 +19,7 @@ except ImportError:  # the torch forms need neither
     triton = None
     tl = None
 
+BITS = {2: torch.int16, 4: torch.int32}
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -67,6 +68,19 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's (models sharded over several GPUs)."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def block_head_dim(head_dim: int) -> int:
+    """Width of the tiles that hold rows of `head_dim`: 64, 128, 256 ...
+
+    head_dim itself is no constant of the kernels: 80, 96 and 128 share one compiled variant, 32 and 64 another.
+    """
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers, for kernels that only move rows: one compiled variant a width, not a dtype."""
+    return tensor.detach().view(BITS[tensor.element_size()])
 
 
 @functools.cache

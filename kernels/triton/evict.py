@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from .backend import (
+    bits,
+    block_head_dim,
     check_device,
     check_int32,
     check_rows,
@@ -39,11 +41,11 @@ def _evict_kernel(
     value_stride_b,
     value_stride_h,
     value_stride_n,
+    head_dim,
     heads,
     n,
     m,
     slots,
-    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -59,13 +61,13 @@ def _evict_kernel(
         row = tl.load(start + segment).to(tl.int64) + j
         # A row that does not exist is neither read nor written: a wrong index must not reach foreign memory.
         valid = (source >= 0) & (source < n) & (row >= 0) & (row < slots)
-        mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+        mask = valid[:, None] & (d < head_dim)[None, :]
         source = source[:, None]
-        target = row[:, None] * HEAD_DIM + d[None, :]
-        rows = tl.load(key + b * key_stride_b + h * key_stride_h + source * key_stride_n + d[None, :], mask, other=0.0)
+        target = row[:, None] * head_dim + d[None, :]
+        rows = tl.load(key + b * key_stride_b + h * key_stride_h + source * key_stride_n + d[None, :], mask, other=0)
         tl.store(out_keys + target, rows, mask)
         rows = tl.load(
-            value + b * value_stride_b + h * value_stride_h + source * value_stride_n + d[None, :], mask, other=0.0
+            value + b * value_stride_b + h * value_stride_h + source * value_stride_n + d[None, :], mask, other=0
         )
         tl.store(out_values + target, rows, mask)
 
@@ -118,21 +120,21 @@ def evict(
         return
     with on_device_of(key):
         _evict_kernel[(batch * heads, triton.cdiv(m, BLOCK_M))](
-            key,
-            value,
+            bits(key),
+            bits(value),
             index,
             count,
             start,
-            out_keys,
-            out_values,
+            bits(out_keys),
+            bits(out_values),
             *key.stride()[:3],
             *value.stride()[:3],
+            head_dim,
             heads,
             n,
             m,
             out_keys.shape[0],
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=block_head_dim(head_dim),
             BLOCK_M=BLOCK_M,
             num_warps=4,
         )

@@ -1,11 +1,6 @@
 """Attention of new tokens over segments of different lengths: the decode step of a cache compressed per head.
 
-The published code (SparseMM, https://arxiv.org/abs/2506.05344) calls FlashAttention's varlen kernel, one "sequence" a
-kv head. Here the work is cut differently: an ITEM is (segment, block of query rows), a TILE is BLOCK_N rows of an item,
-and each of a fixed number of programs takes an equal run of consecutive tiles, whatever items they belong to. One
-long head then costs its bytes and no more ("Lean Attention", https://arxiv.org/abs/2405.10480), and the grid does not
-depend on the lengths, so a CUDA graph replays it. Items cut between programs leave normalised partial outputs with
-their log-sum-exp, merged by a second kernel (Flash-Decoding). Short caches need neither: see `plan`.
+Kernels and their layout of work: `ragged_decode_kernels`. This file has the checks, the launch and the torch form.
 """
 
 from __future__ import annotations
@@ -16,17 +11,16 @@ import torch
 import torch.nn.functional as F
 
 from .backend import (
+    block_head_dim,
     check_device,
     check_int32,
     check_rows,
     check_store,
-    jit,
     multiprocessors,
     on_device_of,
     resolve_backend,
-    tl,
-    triton,
 )
+from .ragged_decode_kernels import _decode_kernel, _merge_kernel
 
 PROGRAMS_PER_SM = 2  # 96 KiB of pipelined tiles each: two fill the shared memory of an H100
 DIRECT_LENGTH = 1024  # up to here one program an item is done before a second launch would have started
@@ -35,219 +29,12 @@ ITEMS = 256  # items summed at once
 MERGE_PARTS = 16  # partial outputs merged at once
 
 
-@jit()
-def _item_rows(length, item, items, row_blocks, group, tokens, BLOCK_M: tl.constexpr):
-    """How many rows of the segment the last query row of an item sees; 0 behind the last item."""
-    last_row = tl.minimum((item % row_blocks + 1) * BLOCK_M, group * tokens) - 1
-    end = tl.load(length + item // row_blocks, mask=item < items, other=0)
-    return tl.where(item < items, tl.maximum(end - tokens + last_row // group + 1, 0), 0)
-
-
-@jit(do_not_specialize=["q_heads", "kv_heads", "tokens", "items", "row_blocks", "direct", "has_count"])
-def _decode_kernel(
-    query,
-    keys,
-    values,
-    start,
-    length,
-    new_count,
-    out,
-    part_out,
-    part_lse,
-    query_stride_b,
-    query_stride_h,
-    query_stride_t,
-    scale,
-    q_heads,
-    kv_heads,
-    tokens,
-    items,
-    row_blocks,
-    direct,
-    has_count,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ITEMS: tl.constexpr,
-):
-    """`scale` includes log2(e): the softmax runs on exp2. Query rows are ordered token by token, then by head."""
-    pid = tl.program_id(0)
-    group = q_heads // kv_heads
-    item = 0
-    item_begin = 0  # tiles of all items before `item`
-    position = 0
-    stop = 0
-    if direct != 0:
-        item = pid
-        stop = 1
-    else:
-        total = 0
-        for first in range(0, items, ITEMS):
-            ids = first + tl.arange(0, ITEMS)
-            total += tl.sum(tl.cdiv(_item_rows(length, ids, items, row_blocks, group, tokens, BLOCK_M), BLOCK_N))
-        programs = tl.minimum(tl.num_programs(0), total)  # nobody gets an empty run: the merge relies on it
-        if pid < programs:
-            position = (pid.to(tl.int64) * total // programs).to(tl.int32)
-            stop = ((pid + 1).to(tl.int64) * total // programs).to(tl.int32)
-        before = 0
-        for first in range(0, items, ITEMS):
-            ids = first + tl.arange(0, ITEMS)
-            tiles = tl.cdiv(_item_rows(length, ids, items, row_blocks, group, tokens, BLOCK_M), BLOCK_N)
-            ends = before + tl.cumsum(tiles, 0)
-            passed = (ends <= position) & (ids < items)
-            item += tl.sum(passed.to(tl.int32))
-            item_begin = tl.maximum(item_begin, tl.max(tl.where(passed, ends, 0)))
-            before += tl.sum(tiles)
-
-    d = tl.arange(0, BLOCK_D)
-    while position < stop:
-        visible = _item_rows(length, item, items, row_blocks, group, tokens, BLOCK_M)
-        tiles = tl.cdiv(visible, BLOCK_N)
-        low = position - item_begin
-        high = tl.minimum(stop - item_begin, tiles)
-        if direct != 0:
-            high = tiles
-        segment = item // row_blocks
-        block = item % row_blocks
-        b = (segment // kv_heads).to(tl.int64)
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        token = row // group
-        head = (segment % kv_heads) * group + row % group
-        row_valid = row < group * tokens
-        row_mask = row_valid[:, None] & (d < HEAD_DIM)[None, :]
-        q = tl.load(
-            query
-            + b * query_stride_b
-            + head.to(tl.int64)[:, None] * query_stride_h
-            + token.to(tl.int64)[:, None] * query_stride_t
-            + d[None, :],
-            row_mask,
-            other=0.0,
-        )
-        count = tl.load(new_count + b, mask=has_count != 0, other=tokens)
-        limit = tl.load(length + segment) - tokens + token + 1
-        limit = tl.where(row_valid & (token >= tokens - count), limit, 0)
-        base = tl.load(start + segment).to(tl.int64)
-
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total_p = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for tile in range(low, high):
-            n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            offset = (base + n) * HEAD_DIM
-            k = tl.load(
-                keys + offset[None, :] + d[:, None], (n < visible)[None, :] & (d < HEAD_DIM)[:, None], other=0.0
-            )
-            logits = tl.dot(q, k, input_precision="ieee") * scale
-            logits = tl.where(n[None, :] < limit[:, None], logits, float("-inf"))
-            new_top = tl.maximum(top, tl.max(logits, 1))
-            finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
-            p = tl.exp2(logits - finite[:, None])
-            shrink = tl.exp2(top - finite)
-            total_p = total_p * shrink + tl.sum(p, 1)
-            v = tl.load(
-                values + offset[:, None] + d[None, :], (n < visible)[:, None] & (d < HEAD_DIM)[None, :], other=0.0
-            )
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-            top = new_top
-        safe = tl.where(total_p == 0.0, 1.0, total_p)
-        acc = acc / safe[:, None]
-        if (low == 0) & (high == tiles):
-            target = ((b * q_heads + head) * tokens + token) * HEAD_DIM
-            tl.store(out + target[:, None] + d[None, :], acc.to(out.dtype.element_ty), row_mask)
-        else:
-            # At most two pieces of a program are incomplete: its first (slot 0), its last if it starts an item (1).
-            slot = pid.to(tl.int64) * 2 + (low == 0).to(tl.int64)
-            rows = tl.minimum(BLOCK_M, group * tokens)
-            local = tl.arange(0, BLOCK_M)
-            target = slot * rows + local
-            tl.store(part_out + target[:, None] * HEAD_DIM + d[None, :], acc, row_mask)
-            lse = tl.where(total_p == 0.0, float("-inf"), top + tl.log2(safe))
-            tl.store(part_lse + target, lse, row_valid)
-        position = item_begin + high
-        item_begin += tiles
-        item += 1
-        if direct != 0:
-            position = stop
-
-
-@jit(do_not_specialize=["q_heads", "kv_heads", "tokens", "items", "row_blocks", "programs"])
-def _merge_kernel(
-    length,
-    out,
-    part_out,
-    part_lse,
-    q_heads,
-    kv_heads,
-    tokens,
-    items,
-    row_blocks,
-    programs,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ITEMS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """One program an output row: merges the pieces of an item that several programs share, zeroes empty items."""
-    item = tl.program_id(0)
-    group = q_heads // kv_heads
-    before = 0
-    total = 0
-    for first in range(0, items, ITEMS):
-        ids = first + tl.arange(0, ITEMS)
-        tiles = tl.cdiv(_item_rows(length, ids, items, row_blocks, group, tokens, BLOCK_M), BLOCK_N)
-        total += tl.sum(tiles)
-        before += tl.sum(tl.where(ids < item, tiles, 0))
-    own = tl.cdiv(_item_rows(length, item, items, row_blocks, group, tokens, BLOCK_M), BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    local = tl.program_id(1)
-    row = (item % row_blocks) * BLOCK_M + local
-    segment = item // row_blocks
-    head = (segment % kv_heads) * group + row % group
-    target = (((segment // kv_heads).to(tl.int64) * q_heads + head) * tokens + row // group) * HEAD_DIM + d
-    mask = d < tl.where(row < group * tokens, HEAD_DIM, 0)
-
-    # Program p starts at tile p * total // programs; solved for the programs that hold this item's ends.
-    programs = tl.minimum(programs, total)
-    low = 0
-    high = 0
-    if own > 0:
-        low = (((before + 1).to(tl.int64) * programs - 1) // total).to(tl.int32)
-        high = (((before + own).to(tl.int64) * programs - 1) // total).to(tl.int32)
-    if (high > low) | (own == 0):
-        rows = tl.minimum(BLOCK_M, group * tokens)
-        top = float("-inf")
-        weight = 0.0
-        acc = tl.zeros([BLOCK_D], tl.float32)
-        if own > 0:
-            for first in range(low, high + 1, PARTS):
-                p = first + tl.arange(0, PARTS)
-                part = (p.to(tl.int64) * 2 + (p == low).to(tl.int64)) * rows + local
-                lse = tl.load(part_lse + part, p <= high, other=float("-inf"))
-                new_top = tl.maximum(top, tl.max(lse, 0))
-                finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-                w = tl.exp2(lse - finite)
-                shrink = tl.exp2(top - finite)
-                partial = tl.load(
-                    part_out + part[:, None] * HEAD_DIM + d[None, :],
-                    (p <= high)[:, None] & (d < HEAD_DIM)[None, :],
-                    other=0.0,
-                )
-                acc = acc * shrink + tl.sum(w[:, None] * partial, 0)
-                weight = weight * shrink + tl.sum(w, 0)
-                top = new_top
-        acc = acc / tl.where(weight == 0.0, 1.0, weight)
-        tl.store(out + target, acc.to(out.dtype.element_ty), mask)
-
-
 class Plan(NamedTuple):
     """How a call is cut into programs; fixed by shapes, `max_length` and the device, never by the lengths."""
 
     block_m: int
     block_n: int
+    block_d: int
     row_blocks: int
     items: int
     programs: int
@@ -257,8 +44,9 @@ class Plan(NamedTuple):
 def plan(segments: int, rows: int, head_dim: int, itemsize: int, max_length: int, sms: int) -> Plan:
     """Blocks and grid of `_decode_kernel` for `rows` = G x t query rows a segment.
 
-    BLOCK_M is 16, the least that tensor cores take, or 64. BLOCK_N makes a tile of keys 16 KiB (at most 128 rows):
-    three stages of keys and values are 96 KiB. One program an item, and no merge, when `max_length` is at most
+    BLOCK_M is 16, the least that tensor cores take; 64 and twice the warps for more rows, but not in float32, which
+    has no tensor cores and would spill. BLOCK_N makes a tile of keys 16 KiB (at most 128 rows): the pipelined tiles
+    are 64 to 96 KiB a program. One program an item, and no merge, when `max_length` is at most
     DIRECT_LENGTH, when there are more items than MAX_ITEMS, or when long prompts are appended (several row blocks an
     item) and the items alone fill the device; else PROGRAMS_PER_SM equal runs of tiles for each SM.
 
@@ -267,14 +55,14 @@ def plan(segments: int, rows: int, head_dim: int, itemsize: int, max_length: int
     >>> plan(segments=256, rows=1, head_dim=128, itemsize=2, max_length=30000, sms=132).programs
     264
     """
-    block_m = 16 if rows <= 16 else 64
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_m = 16 if rows <= 16 or itemsize == 4 else 64
+    block_d = block_head_dim(head_dim)
     block_n = max(16, min(128, 16384 // (block_d * itemsize)))
     row_blocks = -(-rows // block_m)
     items = segments * row_blocks
     programs = min(PROGRAMS_PER_SM * sms, items * -(-max_length // block_n))
     direct = max_length <= DIRECT_LENGTH or items > MAX_ITEMS or (row_blocks > 1 and items >= programs)
-    return Plan(block_m, block_n, row_blocks, items, items if direct else programs, direct)
+    return Plan(block_m, block_n, block_d, row_blocks, items, items if direct else programs, direct)
 
 
 def ragged_decode(
@@ -359,14 +147,7 @@ def _ragged_decode_triton(
     parts = 0 if cut.direct else 2 * cut.programs * rows_kept
     part_out = torch.empty(parts * head_dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(parts, dtype=torch.float32, device=query.device)
-    sizes = (q_heads, kv_heads, tokens, cut.items, cut.row_blocks)
-    blocks = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": cut.block_m,
-        "BLOCK_N": cut.block_n,
-        "ITEMS": ITEMS,
-    }
+    sizes = (head_dim, q_heads, kv_heads, tokens, cut.items, cut.row_blocks)
     with on_device_of(query):
         _decode_kernel[(cut.programs,)](
             query,
@@ -383,13 +164,27 @@ def _ragged_decode_triton(
             *sizes,
             int(cut.direct),
             int(new_count is not None),
-            num_warps=4,
+            BLOCK_D=cut.block_d,
+            BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
+            ITEMS=ITEMS,
+            num_warps=4 if cut.block_m == 16 else 8,
             num_stages=3,
-            **blocks,
         )
         if not cut.direct:
             _merge_kernel[(cut.items, rows_kept)](
-                length, out, part_out, part_lse, *sizes, cut.programs, PARTS=MERGE_PARTS, num_warps=4, **blocks
+                length,
+                out,
+                part_out,
+                part_lse,
+                *sizes,
+                cut.programs,
+                cut.block_m,
+                cut.block_n,
+                BLOCK_D=cut.block_d,
+                ITEMS=ITEMS,
+                PARTS=MERGE_PARTS,
+                num_warps=4,
             )
     return out
 

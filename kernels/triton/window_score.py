@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import (
+    block_head_dim,
     check_device,
     check_int32,
     check_rows,
@@ -48,13 +49,13 @@ def _statistics_kernel(
     key_stride_h,
     key_stride_n,
     scaling,
+    head_dim,
     q_heads,
     group,
     window,
     n,
     chunk,
     splits,
-    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,7 +70,7 @@ def _statistics_kernel(
     key += b * key_stride_b + (head // group).to(tl.int64) * key_stride_h
     q = tl.load(
         query + w.to(tl.int64)[:, None] * query_stride_w + d[None, :],
-        (w < window)[:, None] & (d < HEAD_DIM)[None, :],
+        (w < window)[:, None] & (d < head_dim)[None, :],
         other=0.0,
     )
     hidden = tl.load(pad + b)
@@ -83,7 +84,7 @@ def _statistics_kernel(
         column = first + tl.arange(0, BLOCK_N)
         k = tl.load(
             key + column.to(tl.int64)[None, :] * key_stride_n + d[:, None],
-            (column < end)[None, :] & (d < HEAD_DIM)[:, None],
+            (column < end)[None, :] & (d < head_dim)[:, None],
             other=0.0,
         )
         # "ieee": float32 inputs would go through tf32 otherwise, whose 10 bits reorder close scores.
@@ -114,13 +115,13 @@ def _mean_kernel(
     key_stride_h,
     key_stride_n,
     scaling,
+    head_dim,
     kv_heads,
     group,
     window,
     n,
     splits,
     use_max,
-    HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -138,7 +139,7 @@ def _mean_kernel(
     s = tl.arange(0, MAX_SPLITS)
     k = tl.load(
         key + b * key_stride_b + h * key_stride_h + column.to(tl.int64)[None, :] * key_stride_n + d[:, None],
-        (column < length)[None, :] & (d < HEAD_DIM)[:, None],
+        (column < length)[None, :] & (d < head_dim)[:, None],
         other=0.0,
     )
     seen = (column >= tl.load(pad + b)) & (column < length)  # before the window, so the causal mask is moot
@@ -165,7 +166,7 @@ def _mean_kernel(
                 + head * query_stride_h
                 + w.to(tl.int64)[:, None] * query_stride_w
                 + d[None, :],
-                (w < window)[:, None] & (d < HEAD_DIM)[None, :],
+                (w < window)[:, None] & (d < head_dim)[None, :],
                 other=0.0,
             )
             logits = tl.dot(q, k, input_precision="ieee") * scaling
@@ -254,7 +255,7 @@ def window_score(
 
 def tile_columns(head_dim: int, itemsize: int) -> int:
     """Columns of a key tile: 32 KiB of keys, so that two pipelined tiles fit twice on an SM; at most 128."""
-    return max(16, min(128, 32768 // (max(16, triton.next_power_of_2(head_dim)) * itemsize)))
+    return max(16, min(128, 32768 // (block_head_dim(head_dim) * itemsize)))
 
 
 def split_columns(n: int, programs: int, block_n: int, sms: int) -> tuple[int, int]:
@@ -289,8 +290,7 @@ def _window_score_triton(
     mean = torch.empty(batch, kv_heads, length, dtype=torch.float32, device=key.device)
     strides = (*query.stride()[:3], *key.stride()[:3])
     blocks = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": block_head_dim(head_dim),
         "BLOCK_W": BLOCK_W,
         "BLOCK_N": block_n,
         "num_warps": 4,
@@ -303,6 +303,7 @@ def _window_score_triton(
             partial,
             *strides,
             scaling,
+            head_dim,
             q_heads,
             group,
             window,
@@ -320,6 +321,7 @@ def _window_score_triton(
             mean,
             *strides,
             scaling,
+            head_dim,
             kv_heads,
             group,
             window,
