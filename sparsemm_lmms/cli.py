@@ -1,0 +1,90 @@
+"""`sparsemm-lmms`: the folder of the tasks, the demo, and the commands for head scores.
+
+torch, lmms-eval and matplotlib are imported by the commands that use them: `sparsemm-lmms tasks` stands inside other
+commands and must answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._version import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compressed KV caches for vision-language models.")
+OWN = ("tasks", "demo", "version")
+
+
+class DemoFamily(str, Enum):
+    llava_next = "llava_next"
+    qwen2_vl = "qwen2_vl"
+    all = "all"
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def tasks() -> None:
+    """Print the folder of this package's tasks, for lmms-eval's --include_path."""
+    # found without importing: the folder is mapped into the package from the top of the repository
+    spec = importlib.util.find_spec("sparsemm_lmms.task_overrides")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("The tasks are not installed; reinstall sparsemm-lmms.")
+    print(Path(next(iter(spec.submodule_search_locations))).resolve())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+@app.command()
+def demo(
+    family: Annotated[DemoFamily, typer.Option(help="Which demo model; `all` for both.")] = DemoFamily.llava_next,
+    methods: Annotated[str, typer.Option(help="Comma-separated methods and controls; see the table's rows.")] = "",
+    budgets: Annotated[str, typer.Option(help="Comma-separated tokens per head; the window of 32 included.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
+    output: Annotated[Path, typer.Option(help="The plot (PNG); the numbers lie beside it as JSON.")] = Path(
+        "sparsemm_demo.png"
+    ),
+) -> None:
+    """Run methods x budgets on the packaged demo model: a table and a plot, on the CPU, in minutes."""
+    from .demo_sweep import main as run
+
+    run(family.value, methods=methods, budgets=budgets, limit=limit, seed=seed, output=output)
+
+
+def add_scoring_commands() -> None:
+    """Add the commands of `sparsemm_lmms.scoring`; imports torch."""
+    module = importlib.import_module("sparsemm_lmms.scoring.commands")
+    app.registered_commands.extend(module.app.registered_commands)
+    app.registered_groups.extend(module.app.registered_groups)
+
+
+def main() -> None:
+    """Entry point. A mistake of the user ends in one sentence, not in a traceback."""
+    if not {*sys.argv[1:2]} & {*OWN, "--version"} and (Path(__file__).parent / "scoring" / "commands.py").is_file():
+        add_scoring_commands()
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"sparsemm-lmms: {error}") from error
