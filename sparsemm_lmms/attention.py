@@ -74,9 +74,13 @@ def ragged_attention(
         raise ValueError("Sliding-window attention layers cannot be compressed; use a model with full attention.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.is_initialized:
-        return layer.extend(query, key, value, scale, layer.step).transpose(1, 2), None
-    output = _prefill_function(prefill, module)(module, query, key, value, attention_mask, scaling=scale, **kwargs)[0]
-    layer.fill(query, key, value, scale, layer.step)
+        output = layer.extend(query, key, value, scale, layer.step).transpose(1, 2)
+    else:
+        stock = _prefill_function(prefill, module)
+        output = stock(module, query, key, value, attention_mask, scaling=scale, **kwargs)[0]
+        layer.fill(query, key, value, scale, layer.step)
+    if layer.silent is not None:
+        output = output.masked_fill(layer.silent.to(output.device)[:, None], 0)
     return output, None
 
 

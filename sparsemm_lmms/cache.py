@@ -50,6 +50,8 @@ class RaggedLayer(CacheLayerMixin):
         super().__init__()
         self.layer_idx, self.method, self.room = layer_idx, method, room
         self.step: Step | None = None
+        masked = method.masked_heads()
+        self.silent = None if masked is None else torch.from_numpy(masked[layer_idx])
         self.reset()
 
     def reset(self) -> None:

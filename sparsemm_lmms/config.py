@@ -31,7 +31,8 @@ class CompressionConfig:
         skip: adakv: the first `skip` layers keep a uniform budget.
         beta: pyramidkv: the shallowest share is `budget / beta`.
         redistribute: spend exactly `min(budget, prompt)` tokens per head on average; the published rules lose some.
-        seed: random: which table of random head scores is drawn.
+        seed: random, mask_random: which random table or heads are drawn.
+        mask_ratio: mask, mask_random: share of the model's query heads that is silenced.
         kernel_backend: `auto` (Triton on CUDA, torch elsewhere), `triton` or `torch`.
 
     Raises:
@@ -51,6 +52,7 @@ class CompressionConfig:
     beta: int = 20
     redistribute: bool = False
     seed: int = 0
+    mask_ratio: float = 0.1
     kernel_backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class CompressionConfig:
         _at_least("seed", self.seed, 0)
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd and positive, for example 5 or 7.")
-        for name in ("ratio", "floor_ratio"):
+        for name in ("ratio", "floor_ratio", "mask_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
         if METHODS[self.method].compresses and self.budget <= self.window_size:

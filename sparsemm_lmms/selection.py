@@ -157,16 +157,10 @@ def head_budgets(
 
 
 def build_method(config: CompressionConfig, model: Model, head_scores: np.ndarray | None = None) -> Method:
-    """The method object for a configuration and a model's shape; draws the table of `random`.
+    """The method object for a configuration and a model's shape.
 
     Raises:
-        ValueError: head scores missing, of another shape, or given to a method that does not use them.
+        ValueError: head scores that the method needs are missing or of another shape.
     """
     cls = METHODS[config.method]
-    if config.method == "random":
-        from .head_scores import HeadScores
-
-        head_scores = HeadScores.random(model.num_layers, model.q_heads, config.seed).values
-    elif not cls.needs_head_scores:
-        head_scores = None
-    return cls(config, model, head_scores)
+    return cls(config, model, head_scores if cls.needs_head_scores else None)

@@ -119,7 +119,7 @@ def model_shape(model: PreTrainedModel) -> Model:
 
 
 def _score_values(config: CompressionConfig, head_scores: HeadScores | None) -> np.ndarray | None:
-    if METHODS[config.method].needs_head_scores and config.method != "random":
+    if METHODS[config.method].needs_head_scores:
         if head_scores is None:
             raise ValueError(
                 f"method={config.method!r} needs head_scores: pass HeadScores.load(path); `sparsemm-lmms chase` makes "

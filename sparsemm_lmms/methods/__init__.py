@@ -4,6 +4,7 @@ from .adakv import AdaKV
 from .base import LayerPrompt, Method, Model
 from .fullkv import FullKV
 from .local_window import LocalWindow
+from .mask import Mask, MaskRandom
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
@@ -17,6 +18,8 @@ METHODS: dict[str, type[Method]] = {
     "random": Random,
     "local_window": LocalWindow,
     "fullkv": FullKV,
+    "mask": Mask,
+    "mask_random": MaskRandom,
 }
 
 __all__ = ["METHODS", "LayerPrompt", "Method", "Model"]

@@ -79,6 +79,10 @@ class Method:
         """The same for sequence b of the batch, whose prompt has `length` tokens outside the window (`[kv_heads]`)."""
         raise NotImplementedError
 
+    def masked_heads(self) -> np.ndarray | None:
+        """Query heads that contribute nothing to the output: bool `[layers, q_heads]`, or None for none."""
+        return None
+
     def counts(self, prompt: LayerPrompt) -> np.ndarray:
         """`capacities` clamped to what exists; a prompt shorter than the budget is kept whole (int64)."""
         lengths = np.asarray(prompt.lengths, dtype=np.int64)[:, None]
@@ -90,12 +94,13 @@ class Method:
 class VisualShares(Method):
     """Base of the methods that share the budget of the whole model out by head scores."""
 
-    needs_head_scores = True
-    arguments = ("ratio",)
+    def table(self) -> np.ndarray:
+        """Head scores `[layers, q_heads]`."""
+        raise NotImplementedError
 
     @cached_property
     def shares(self) -> np.ndarray:
-        return visual_shares(self.head_scores, self.model.kv_heads)
+        return visual_shares(self.table(), self.model.kv_heads)
 
     @cached_property
     def _by_length(self) -> dict[int, np.ndarray]:

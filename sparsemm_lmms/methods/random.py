@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from ..head_scores import HeadScores
 from .base import VisualShares
 
 
@@ -16,3 +19,6 @@ class Random(VisualShares):
     """`HeadScores.random(layers, q_heads, seed)` instead of measured scores."""
 
     arguments = ("ratio", "seed")
+
+    def table(self) -> np.ndarray:
+        return HeadScores.random(self.model.num_layers, self.model.q_heads, self.config.seed).values

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from .base import VisualShares
 
 
 @dataclass(frozen=True)
 class SparseMM(VisualShares):
     """A uniform floor of `ratio`, the rest in proportion to measured visual-head scores."""
+
+    needs_head_scores = True
+    arguments = ("ratio",)
+
+    def table(self) -> np.ndarray:
+        assert self.head_scores is not None  # checked when the method was made
+        return self.head_scores

@@ -34,7 +34,8 @@ def loaded(request, tmp_path_factory):
 
 
 def scores_for(method: str) -> HeadScores | None:
-    return HeadScores.random(tiny.LAYERS, tiny.Q_HEADS, seed=7) if method == "sparsemm" else None
+    needed = METHODS[method].needs_head_scores
+    return HeadScores.random(tiny.LAYERS, tiny.Q_HEADS, seed=7) if needed else None
 
 
 def encode(processor, prompts):
@@ -52,7 +53,7 @@ def generate(model, inputs, new_tokens=12, **kwargs):
     return model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **kwargs)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*COMPRESSING, "fullkv"])
 @pytest.mark.parametrize("picked", [[0], [1], [0, 1, 2, 3]], ids=["one image", "two images", "padded batch"])
 def test_budget_that_covers_the_prompt_equals_stock(loaded, method, picked):
     model, processor = loaded
@@ -316,3 +317,29 @@ def test_prefill_implementations_agree(loaded, prefill):
             assert torch.equal(generate(model, inputs), stock)
     finally:
         model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("method", ["mask", "mask_random"])
+def test_masked_heads_contribute_nothing(loaded, method):
+    """Equals the stock model with the masked heads' columns of every output projection set to zero."""
+    model, processor = loaded
+    inputs = encode(processor, PROMPTS)
+    stock = generate(model, inputs)
+    config = CompressionConfig(method=method, mask_ratio=0.4, seed=3)
+    with compress(model, config, scores_for("sparsemm")) as session:
+        masked = session.method.masked_heads()
+        got = generate(model, inputs)
+    assert masked.sum() == round(0.4 * tiny.LAYERS * tiny.Q_HEADS)
+    best = scores_for("sparsemm").values >= sorted(scores_for("sparsemm").values.ravel())[-masked.sum()]
+    assert (masked == best).all() if method == "mask" else not (masked & best).any()
+    text = model.config.get_text_config()
+    saved = [layer.self_attn.o_proj.weight.data.clone() for layer in _decoder_layers(model)]
+    try:
+        for layer, row in zip(_decoder_layers(model), masked, strict=True):
+            columns = torch.from_numpy(row).repeat_interleave(text.hidden_size // text.num_attention_heads)
+            layer.self_attn.o_proj.weight.data[:, columns] = 0
+        assert torch.equal(got, generate(model, inputs))
+        assert not torch.equal(got, stock)
+    finally:
+        for layer, weight in zip(_decoder_layers(model), saved, strict=True):
+            layer.self_attn.o_proj.weight.data = weight
