@@ -54,7 +54,7 @@ class Watcher:
     def look(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> None:
-        """query ``[batch, q_heads, q, d]``, key ``[batch, kv_heads, k, d]`` after RoPE; mask as sdpa's or None (causal)."""
+        """query ``[batch, q_heads, q, d]``, key ``[batch, kv_heads, k, d]`` after RoPE; mask as for sdpa."""
         batch, q_heads, q_length, _ = query.shape
         rows, k_length = min(self.rows, q_length), key.shape[2]
         key = key.float()  # bf16 products tie within 8 bits, and the argmax of a tie is noise
@@ -98,7 +98,7 @@ def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, 
 def _mask_rows(
     mask: torch.Tensor | None, start: int, stop: int, q_length: int, key: torch.Tensor
 ) -> torch.Tensor | None:
-    """Mask rows ``[batch or 1, 1, rows, keys]`` of queries start..stop; sdpa's None means causal, aligned at the end."""
+    """Mask rows ``[batch or 1, 1, rows, keys]`` of queries start..stop; sdpa's None is causal, aligned at the end."""
     k_length = key.shape[2]
     if mask is not None:
         return mask[:, :, start:stop, :k_length]

@@ -8,8 +8,8 @@ A visual head is found by asking whether the image token it attends to lies on t
   ``unpad_image`` are called here, so a change of theirs moves this grid with it.
 * ``Qwen2VLGrid``: ``grid_thw`` after the spatial merge, row by row, frame group by frame group; images and videos.
 
-The research code looks at LLaVA-NeXT's high-resolution view only (``views="high"``, the default) and divides pixels by a
-floored cell size, which drifts on sizes that the grid doesn't divide; here cells are exact.
+The research code looks at LLaVA-NeXT's high-resolution view only (``views="high"``, the default) and divides pixels by
+a floored cell size, which drifts on sizes that the grid doesn't divide; here cells are exact.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NEWLINE, BASE, HIGH = -1, 0, 1
 class TokenGrid:
     """The image tokens of one prompt, in prompt order; all arrays have one entry a token.
 
-    positions: int64, index in the (padded) prompt row. item: int64, which image or video of the prompt, counted in order
-    of appearance. view: int8, NEWLINE, BASE or HIGH (families with one view: HIGH). frame: int64, temporal group of a
+    positions: int64, index in the (padded) prompt row. item: int64, which image or video of the prompt, in order of
+    appearance. view: int8, NEWLINE, BASE or HIGH (families with one view: HIGH). frame: int64, temporal group of a
     video, 0 for images. boxes: float64 [tokens, 4], (left, top, right, bottom) in pixels of the original image, clipped
     to it; a token that shows no pixel of it (newline, leftover padding) has an empty box.
     """
@@ -44,7 +44,7 @@ class TokenGrid:
     def inside(
         self, xyxy: Sequence[float], item: int = 0, views: Views = "high", frame: int | None = None
     ) -> np.ndarray:
-        """Prompt positions (int64) of the tokens whose box overlaps ``xyxy``, by however little, as in the paper's code."""
+        """Prompt positions (int64) of the tokens whose box overlaps ``xyxy`` at all, as in the paper's code."""
         left, top, right, bottom = xyxy
         width = np.minimum(self.boxes[:, 2], right) - np.maximum(self.boxes[:, 0], left)
         height = np.minimum(self.boxes[:, 3], bottom) - np.maximum(self.boxes[:, 1], top)
@@ -145,7 +145,7 @@ class Qwen2VLGrid:
     def _items(self, grid_thw: Any, sizes: Sequence[tuple[int, int]], kind: str) -> list[_Item]:
         shapes = [] if grid_thw is None else np.asarray(grid_thw).reshape(-1, 3).tolist()
         if len(shapes) != len(sizes):
-            raise ValueError(f"{len(shapes)} {kind} grids but {len(sizes)} {kind} sizes; give one size for each {kind}.")
+            raise ValueError(f"{len(shapes)} {kind} grids but {len(sizes)} {kind} sizes; give one for each.")
         items = []
         for (frames, rows, columns), (width, height) in zip(shapes, sizes, strict=True):
             rows, columns = rows // self.merge, columns // self.merge

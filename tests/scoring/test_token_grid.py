@@ -1,4 +1,4 @@
-"""The token grid against the models' own packing: patches carry their position, the model's code carries the patches."""
+"""The token grid against the models' own packing: patches carry their position, the model carries the patches."""
 
 from types import SimpleNamespace
 
