@@ -99,7 +99,12 @@ class CompressedChatModel(lmms):
         scores = None
         if self.head_scores is not None:
             scores = {"source": self.options.head_scores, "sha256": self.head_scores.content_hash}
-        return {"model": f"{self.family.name}_{self.method}", **run, **self.compression.to_dict(), "head_scores": scores}
+        return {
+            "model": f"{self.family.name}_{self.method}",
+            **run,
+            **self.compression.to_dict(),
+            "head_scores": scores,
+        }
 
     def clean(self) -> None:
         """Give the weights and the caches back: the host calls this before scoring."""
@@ -184,7 +189,9 @@ class CompressedChatModel(lmms):
             from ..scoring import resolve_head_scores
         except ImportError:  # TODO interim, until the resolver lands
             scores = HeadScores.load(self.options.head_scores)
-            scores.check_shape(config["text_config"]["num_hidden_layers"], config["text_config"]["num_attention_heads"], "it")
+            scores.check_shape(
+                config["text_config"]["num_hidden_layers"], config["text_config"]["num_attention_heads"], "it"
+            )
             return scores
 
         return resolve_head_scores(
@@ -211,7 +218,11 @@ def method_variants(family_class: type[CompressedChatModel]) -> dict[str, type[C
     variants = {}
     for method in METHODS:
         name = class_name(family_class.__name__, method)
-        members = {"method": method, "__module__": family_class.__module__, "__doc__": f"{family_class.__name__}, {method}."}
+        members = {
+            "method": method,
+            "__module__": family_class.__module__,
+            "__doc__": f"{family_class.__name__}, {method}.",
+        }
         variants[name] = type(name, (family_class,), members)
     return variants
 

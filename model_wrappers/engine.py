@@ -69,7 +69,8 @@ class Engine:
     """
 
     def __init__(self, checkpoint: Checkpoint, system_prompt: str | None = None, strip_answers: bool = False) -> None:
-        self.model, self.processor = checkpoint.model, checkpoint.processor
+        self.model: Any = checkpoint.model  # `generate` comes from a mixin that type checkers do not see
+        self.processor = checkpoint.processor
         self.system_prompt, self.strip_answers = system_prompt, strip_answers
         tokenizer = self.processor.tokenizer
         stock = self.model.generation_config.eos_token_id
@@ -91,7 +92,9 @@ class Engine:
         images, videos, audios = chat.extract_media()
         if videos or audios:
             raise NotImplementedError("These models read text and images only; this task sends video or audio.")
-        return self.processor.apply_chat_template(chat.to_hf_messages(), tokenize=False, add_generation_prompt=True), images
+        return self.processor.apply_chat_template(
+            chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
+        ), images
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Any]) -> BatchFeature:
         """Model inputs of a left-padded batch, on the model's device and in its dtype."""

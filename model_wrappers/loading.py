@@ -28,7 +28,9 @@ def resolve_device(options: RunOptions, accelerator: Accelerator) -> torch.devic
     """The device of this process: accelerate's with several processes, else the asked one, else CUDA before CPU."""
     if accelerator.num_processes > 1:
         if options.device_map is not None:
-            raise ValueError("device_map spreads one model over the GPUs; it cannot be combined with several processes.")
+            raise ValueError(
+                "device_map spreads one model over the GPUs; it cannot be combined with several processes."
+            )
         if options.device != "auto" and torch.device(options.device).type != accelerator.device.type:
             raise ValueError(f"device={options.device} differs from accelerate's {accelerator.device}; set only one.")
         return accelerator.device

@@ -78,7 +78,7 @@ class RunStatistics:
         """Means of all that was measured, medians of the times (the first batch pays for warming up)."""
         means: dict[str, float] = {"num_requests": len(self.answers)}
         for name in self.rows[0] if self.rows else ():
-            values = [row[name] for row in self.rows if row[name] is not None]
+            values = [value for row in self.rows if (value := row[name]) is not None]
             if values:
                 means[name] = fmean(values)
                 if name.endswith("_ms"):

@@ -112,7 +112,9 @@ def conversation(index: int, question: str = "What is it?", images: int = 1, **s
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
-def request(model: Any, messages: list[dict[str, Any]], doc_id: int, gen_kwargs: dict[str, Any], **metadata: Any) -> Instance:
+def request(
+    model: Any, messages: list[dict[str, Any]], doc_id: int, gen_kwargs: dict[str, Any], **metadata: Any
+) -> Instance:
     """A request as lmms-eval makes it, registered in `model.task_dict`."""
     model.task_dict.setdefault("task", {}).setdefault("test", {})[doc_id] = messages
     return Instance(

@@ -13,7 +13,14 @@ LLAVA, QWEN = LlavaNext.family, Qwen2VL.family
 
 
 def test_strings_become_values() -> None:
-    given = {"pretrained": "p", "budget": "64", "redistribute": "true", "ratio": "0.2", "batch_size": "4", "revision": 7}
+    given = {
+        "pretrained": "p",
+        "budget": "64",
+        "redistribute": "true",
+        "ratio": "0.2",
+        "batch_size": "4",
+        "revision": 7,
+    }
     options, config = split_arguments(LLAVA, "sparsemm", given)
     assert (options.batch_size, options.revision) == (4, "7")
     assert (config.budget, config.redistribute, config.ratio, config.method) == (64, True, 0.2, "sparsemm")

@@ -81,7 +81,9 @@ def test_statistics_of_a_batch(engine: Engine) -> None:
     row = row or 2 * text.num_hidden_layers * text.num_key_value_heads * 8 * 4
     assert batch.kv_bytes == row * sum(answer.kept_tokens + 24 for answer in batch.answers)  # room for 24 new tokens
     assert batch.kv_bytes_used <= batch.kv_bytes
-    assert batch.kv_bytes_full - batch.kv_bytes_used == row * sum(n - a.kept_tokens for n, a in zip(prompts, batch.answers))
+    assert batch.kv_bytes_full - batch.kv_bytes_used == row * sum(
+        n - a.kept_tokens for n, a in zip(prompts, batch.answers, strict=True)
+    )
     assert batch.nominal_budget == 24
     assert 0 < batch.ttft < batch.elapsed and 0 < batch.tpot < batch.elapsed
 

@@ -44,7 +44,9 @@ def test_every_name_evaluates_a_local_task(name: str, arguments: Callable[..., s
     results = evaluate(name, arguments(name), task([png(i, size) for i, size in enumerate(SIZES)]))
     samples = results["samples"]["tiny_images"]
     assert [sample["doc_id"] for sample in samples] == list(range(len(SIZES)))
-    assert results["results"]["tiny_images"]["letters,none"] == sum(len(r.strip()) for r in replies(results)) / len(SIZES)
+    assert results["results"]["tiny_images"]["letters,none"] == sum(len(r.strip()) for r in replies(results)) / len(
+        SIZES
+    )
     throughput = results["throughput"]
     compressed = METHODS[name.removeprefix("llava_next_").removeprefix("qwen2_vl_")].compresses
     assert throughput["avg_kept_tokens"] <= (20 + 0.5 if compressed else math.inf)  # rounding of the published rules
@@ -141,7 +143,12 @@ def test_the_settings_are_logged_resolved(arguments: Callable[..., str]) -> None
         logger.remove(sink)
     settings = json.loads(next(line for line in lines if line.startswith("Settings: ")).removeprefix("Settings: "))
     assert settings == model.settings()
-    assert (settings["budget"], settings["seed"], settings["dtype"], settings["max_pixels"]) == (20, 7, "float32", 23520)
+    assert (settings["budget"], settings["seed"], settings["dtype"], settings["max_pixels"]) == (
+        20,
+        7,
+        "float32",
+        23520,
+    )
     assert settings["head_scores"]["sha256"] == model.head_scores.content_hash
     assert settings["system_prompt"] == "You are a helpful assistant."
     assert full.head_scores is None

@@ -75,7 +75,10 @@ def test_pixel_limits_reach_the_image_processor(checkpoints: dict[str, Path]) ->
     own = load_checkpoint(QWEN, RunOptions(path), CPU).processor.image_processor.size
     both = load_checkpoint(QWEN, RunOptions(path, min_pixels=3136, max_pixels=602112), CPU)
     one = load_checkpoint(QWEN, RunOptions(path, max_pixels=7840), CPU)
-    sizes = [(p.processor.image_processor.size["shortest_edge"], p.processor.image_processor.size["longest_edge"]) for p in (both, one)]
+    sizes = [
+        (p.processor.image_processor.size["shortest_edge"], p.processor.image_processor.size["longest_edge"])
+        for p in (both, one)
+    ]
     assert sizes == [(3136, 602112), (own["shortest_edge"], 7840)]
     from PIL import Image
 

@@ -45,6 +45,8 @@ def test_importing_the_manifest_imports_nothing_heavy() -> None:
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     before = "import sys, lmms_eval.models.registry_v2;" + f"print([name for name in {HEAVY} if name in sys.modules])"
-    loaded = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (code, before)]
+    loaded = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (code, before)
+    ]
     assert loaded[0].stdout == loaded[1].stdout
     assert "torch" not in loaded[0].stdout

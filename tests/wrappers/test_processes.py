@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 SIZES = [(84, 56), (56, 84), (28, 56)]  # three documents: with two processes the second rank is padded
 
 
-def run(launcher: list[str], name: str, model_args: str, folder: Path, out: Path, *more: str) -> tuple[str, dict[str, Any]]:
+def run(
+    launcher: list[str], name: str, model_args: str, folder: Path, out: Path, *more: str
+) -> tuple[str, dict[str, Any]]:
     command = [sys.executable, "-m", *launcher, "lmms_eval", "--model", name, "--model_args", model_args]
     command += ["--include_path", str(folder), "--tasks", "tiny_images", "--batch_size", "2", "--log_samples"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(out / "datasets"), "HF_HUB_OFFLINE": "1"}

@@ -28,7 +28,9 @@ LAYERS, Q_HEADS = 3, 4
 
 TURNS = (
     "{% for message in messages %}{{ message.role }}: "
-    "{% for part in message.content %}{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}"
     "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
