@@ -1,0 +1,362 @@
+"""Chase against the rule recomputed from eager attention matrices: both families, both modes, batches, resumption."""
+
+import json
+import string
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsemm_lmms.head_scores import HeadScores, provenance_path
+from sparsemm_lmms.scoring import passes
+from sparsemm_lmms.scoring.chase import ChaseSettings, chase, text_shape
+from sparsemm_lmms.scoring.inputs import chat_messages
+from sparsemm_lmms.scoring.samples import Box, CalibrationSample, Skipped, Span
+from sparsemm_lmms.scoring.token_grid import grid_for
+
+from . import tiny
+
+FAMILIES = {
+    "llava-vicuna": (lambda: tiny.llava_next("vicuna"), tiny.llava_processor),
+    "llava-mistral": (lambda: tiny.llava_next("mistral"), tiny.llava_processor),
+    "qwen2-vl": (tiny.qwen2_vl, tiny.qwen_processor),
+}
+LETTERS = string.ascii_letters + string.digits
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    model, processor = FAMILIES[request.param]
+    return model(), processor()
+
+
+def noise(width, height, seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def quarters(width, height, item=0):
+    """Four boxes that share the letters among them, so that nearly every letter occurs in exactly one."""
+    boxes = []
+    for k in range(4):
+        left, top = (k % 2) * width / 2, (k // 2) * height / 2
+        text = LETTERS[k::4] + ("e" if k else "")  # "e" occurs in several and never counts
+        boxes.append(Box(text, (left + 1, top + 1, left + width / 2 - 1, top + height / 2 - 1), item))
+    return tuple(boxes)
+
+
+def make_samples(count=5):
+    sizes = [(112, 112), (150, 60), (60, 170), (100, 100), (200, 90)]
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        width, height = sizes[k % len(sizes)]
+        answer = "".join(rng.choice(list(LETTERS + " ."), 6 + 3 * k))
+        picture = noise(width, height, k)
+        yield CalibrationSample(picture, f"Read{'!' * k}", answer, quarters(width, height), name=f"s{k}")
+
+
+def reference_score(model, processor, sample, mode, views="high", max_new_tokens=12):
+    """The published rule, token by token, from attention matrices; an own path through processor and model."""
+    text = processor.apply_chat_template(chat_messages(sample), tokenize=False, add_generation_prompt=True)
+    pictures = {"videos": [list(sample.video)]} if sample.video else {"images": list(sample.images)}
+    inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **pictures)
+    sizes = ([], sample.item_sizes) if sample.video else (sample.item_sizes, [])
+    (grid,) = grid_for(model.config).grids(inputs, *sizes)
+    prompt = inputs["input_ids"].shape[1]
+    layers, heads, _ = text_shape(model.config)
+    score, counted = np.zeros((layers, heads)), 0
+    model.set_attn_implementation("eager")
+    try:
+        if mode == "teacher":
+            tokens = processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+        else:
+            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+            tokens = out[0, prompt:].tolist()
+        full = dict(inputs)
+        full["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
+        full["attention_mask"] = torch.ones_like(full["input_ids"])
+        if "mm_token_type_ids" in full:
+            kinds = full["mm_token_type_ids"]
+            full["mm_token_type_ids"] = torch.cat([kinds, torch.zeros(1, len(tokens), dtype=kinds.dtype)], dim=1)
+        with torch.no_grad():
+            attentions = model(**full, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation("sdpa")
+    for j, token in enumerate(tokens):
+        if token == 2:
+            break
+        word = processor.tokenizer.decode([token]).strip()
+        having = [box for box in sample.boxes if word and word in box.text and token >= 8]
+        if len(having) != 1:
+            continue
+        counted += 1
+        shown = set(grid.inside(having[0].xyxy, having[0].item, views).tolist())
+        for layer in range(layers):
+            for head in range(heads):
+                if int(attentions[layer][0, head, prompt - 1 + j].argmax()) in shown:
+                    score[layer, head] += 1 / len(shown)
+    return score, counted
+
+
+@pytest.mark.parametrize("mode", ["teacher", "free"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rule_recomputed_from_attention_matrices(family, mode, batch_size, tmp_path):
+    model, processor = family
+    samples = list(make_samples())
+    settings = ChaseSettings(mode=mode, batch_size=batch_size, max_new_tokens=12)
+    scores = chase(model, processor, samples, tmp_path / "s.json", settings, progress=False)
+    references = [reference_score(model, processor, sample, mode) for sample in samples]
+    expected = np.mean([score for score, _ in references], axis=0)
+    np.testing.assert_allclose(scores.values, expected, rtol=1e-9, atol=1e-12)
+    assert scores.values.any()
+    spread = np.std([score for score, _ in references], axis=0, ddof=1) / len(samples) ** 0.5
+    np.testing.assert_allclose(scores.stderr, spread, rtol=1e-9, atol=1e-12)
+    facts = json.loads(provenance_path(tmp_path / "s.json").read_text())
+    assert facts["tokens_counted"] == sum(counted for _, counted in references)
+    assert facts["images"] == 5 and facts["mode"] == mode and facts["query_row"] == "predicting"
+    assert (facts["layers"], facts["q_heads"], facts["kv_heads"]) == text_shape(model.config)
+    assert np.array_equal(HeadScores.load(tmp_path / "s.json").values, scores.values)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.provenance.json"]
+
+
+def test_all_views_of_llava_next(tmp_path):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+    samples = list(make_samples(3))
+    scores = chase(
+        model, processor, samples, tmp_path / "s.json", ChaseSettings("teacher", views="all"), progress=False
+    )
+    expected = np.mean([reference_score(model, processor, s, "teacher", "all")[0] for s in samples], axis=0)
+    np.testing.assert_allclose(scores.values, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_free_running_is_teacher_forcing_on_the_models_own_text(family, tmp_path):
+    """Two code paths (cache and one forward), one answer: what the model says, given back as the known text."""
+    model, processor = family
+    told = []
+    for sample in make_samples():
+        text = processor.apply_chat_template(chat_messages(sample), tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=[text], images=list(sample.images), return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**inputs, max_new_tokens=15, do_sample=False, pad_token_id=0)
+        answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        told.append(replace(sample, answer=answer))
+    free = chase(model, processor, told, tmp_path / "f.json", ChaseSettings(max_new_tokens=15), progress=False)
+    forced = chase(model, processor, told, tmp_path / "t.json", ChaseSettings("teacher"), progress=False)
+    free_facts, forced_facts = free.provenance, forced.provenance
+    assert free_facts["tokens_counted"] == forced_facts["tokens_counted"] > 0
+    np.testing.assert_allclose(free.values, forced.values, rtol=1e-9)
+    np.testing.assert_allclose(free_facts["attention_mass"], forced_facts["attention_mass"], rtol=1e-3, atol=1e-6)
+
+
+def test_attention_mass_is_the_mean_over_counted_tokens(tmp_path):
+    """One token, one box over the whole image: its mass is the row's sum over the high-resolution tokens."""
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+    sample = CalibrationSample(noise(112, 112, 1), "Read", "a", (Box("a", (0, 0, 112, 112)),))
+    text = processor.apply_chat_template(chat_messages(sample), tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[sample.image], return_tensors="pt", add_special_tokens=False)
+    (grid,) = grid_for(model.config).grids(inputs, [(112, 112)])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        rows = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0, :, -1].numpy()
+    model.set_attn_implementation("sdpa")
+    try:
+        scores = chase(model, processor, [sample], tmp_path / "s.json", ChaseSettings("teacher"), progress=False)
+        mass = scores.provenance["attention_mass"]
+    except ValueError as error:  # no head's argmax in the image: mass can't be reported
+        pytest.skip(str(error))
+    np.testing.assert_allclose(mass, rows[..., grid.positions[grid.view == 1]].sum(-1), atol=1e-5)
+
+
+def test_several_images_and_a_video(tmp_path):
+    model, processor = tiny.qwen2_vl(), tiny.qwen_processor()
+    two = CalibrationSample(
+        (noise(112, 84, 1), noise(60, 120, 2)), "Which?", "aXbYc09", quarters(112, 84)[:2] + quarters(60, 120, 1)[2:]
+    )
+    frames = tuple(noise(112, 112, 10 + k) for k in range(4))
+    clip = CalibrationSample((), "What?", "abcdXYZ", quarters(112, 112), video=frames)
+    llava, llava_processor = tiny.llava_next(), tiny.llava_processor()
+    for mode in ("teacher", "free"):
+        settings = ChaseSettings(mode, max_new_tokens=10, batch_size=2)
+        scores = chase(model, processor, [two, clip], tmp_path / f"{mode}.json", settings, progress=False)
+        expected = np.mean([reference_score(model, processor, s, mode, max_new_tokens=10)[0] for s in (two, clip)], 0)
+        np.testing.assert_allclose(scores.values, expected, rtol=1e-9, atol=1e-12)
+        scores = chase(llava, llava_processor, [two], tmp_path / f"l{mode}.json", settings, progress=False)
+        expected = reference_score(llava, llava_processor, two, mode, max_new_tokens=10)[0]
+        np.testing.assert_allclose(scores.values, expected, rtol=1e-9, atol=1e-12)
+        assert scores.stderr is None  # one sample has no spread
+
+
+def test_spans_count_characters_that_many_boxes_share(family, tmp_path):
+    model, processor = family
+    spans = tuple(Span(k, k + 1, (28 * k, 0, 28 * k + 28, 112)) for k in range(4))
+    sample = CalibrationSample(noise(112, 112, 3), "Read", "aaba", spans=spans)
+    boxes = tuple(Box(letter, span.xyxy) for letter, span in zip("ABCD", spans, strict=True))
+    same = CalibrationSample(noise(112, 112, 3), "Read", "ABCD", boxes)
+    tokens = processor.tokenizer("aaba", add_special_tokens=False)["input_ids"]
+    aligned = chase(model, processor, [sample] * 2, tmp_path / "a.json", ChaseSettings("teacher"), progress=False)
+    assert aligned.provenance["tokens_counted"] == 2 * len(tokens)
+    with pytest.raises(ValueError, match="Not one of 4 written tokens"):
+        boxes = tuple(Box("a", span.xyxy) for span in spans)
+        repeated = CalibrationSample(sample.image, "Read", "aaaa", boxes)
+        chase(model, processor, [repeated], tmp_path / "r.json", ChaseSettings("teacher"), progress=False)
+    assert not (tmp_path / "r.json").exists()
+    # The first token's row is the same prompt position whatever follows, so its credit follows the same rule.
+    first = replace(sample, answer="a", spans=spans[:1]), replace(same, answer="A", boxes=same.boxes[:1])
+    tables = [_table_or_zero(model, processor, one, tmp_path / f"{k}.json") for k, one in enumerate(first)]
+    np.testing.assert_array_equal(*tables)
+
+
+def _table_or_zero(model, processor, sample, path):
+    try:
+        return chase(model, processor, [sample], path, ChaseSettings("teacher"), progress=False).values
+    except ValueError as error:
+        assert "zero" in str(error)
+        return np.zeros(text_shape(model.config)[:2])
+
+
+def run(model, processor, samples, path, **options):
+    settings = ChaseSettings("teacher", batch_size=2)
+    return chase(model, processor, samples, path, settings, progress=False, **options)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
+    model, processor = tiny.llava_next("mistral"), tiny.llava_processor()
+    samples = [*make_samples(3), Skipped("broken.png", "is not readable."), *make_samples(4)]
+    whole = run(model, processor, samples, tmp_path / "whole.json")
+
+    class Killed(Exception):
+        pass
+
+    def until(stop):
+        for k, sample in enumerate(samples):
+            if k == stop:
+                raise Killed
+            yield sample
+
+    # The source must look the same to the settings check: a generator both times.
+    path = tmp_path / "killed.json"
+    partial = tmp_path / "killed.json.partial.jsonl"
+    for stop in (3, 6):
+        with pytest.raises(Killed):
+            run(model, processor, until(stop), path)
+        assert not path.exists() and partial.exists()
+        with open(partial, "ab") as file:
+            file.write(b'{"index": 99, "sco')  # killed while writing
+    looked = []
+    stock = passes.teacher_forced
+
+    def counting(model, batch, *rest):
+        looked.extend(sample.name for sample in batch.samples)
+        return stock(model, batch, *rest)
+
+    import sparsemm_lmms.scoring.chase as module
+
+    module.teacher_forced, before = counting, module.teacher_forced
+    try:
+        resumed = run(model, processor, until(None), path)
+    finally:
+        module.teacher_forced = before
+    assert looked == ["s2", "s3"]  # only the last batch was left
+    assert np.array_equal(resumed.values, whole.values) and np.array_equal(resumed.stderr, whole.stderr)
+    assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not partial.exists()
+    assert resumed.provenance["skipped"] == {"count": 1, "first": ["broken.png: is not readable."]}
+
+
+def test_partial_of_other_settings_is_refused(tmp_path):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+
+    def breaking():
+        yield from make_samples(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, processor, breaking(), tmp_path / "s.json")
+    with pytest.raises(ValueError, match=r"other settings \(views: 'high' there, 'all' here\); delete it"):
+        settings = ChaseSettings("teacher", batch_size=2, views="all")
+        chase(model, processor, breaking(), tmp_path / "s.json", settings, progress=False)
+
+
+def test_two_runs_into_one_output_are_refused(tmp_path):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+
+    def nested():
+        yield from make_samples(2)
+        with pytest.raises(RuntimeError, match="Another process is writing"):
+            run(model, processor, nested(), tmp_path / "s.json")
+
+    run(model, processor, nested(), tmp_path / "s.json")
+
+
+def test_full_disk_keeps_whole_lines(tmp_path, monkeypatch):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+    from sparsemm_lmms.scoring import partial as module
+
+    calls = []
+    stock = module.os.fsync
+
+    def full_disk(handle):
+        calls.append(handle)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return stock(handle)
+
+    monkeypatch.setattr(module.os, "fsync", full_disk)
+    samples = list(make_samples(5))
+    with pytest.raises(OSError, match="No space"):
+        run(model, processor, samples, tmp_path / "s.json")
+    lines = (tmp_path / "s.json.partial.jsonl").read_bytes()
+    assert lines.endswith(b"\n") and len(lines.splitlines()) == 3  # header and the first batch
+    monkeypatch.setattr(module.os, "fsync", stock)
+    resumed = run(model, processor, samples, tmp_path / "s.json")
+    assert np.array_equal(resumed.values, run(model, processor, samples, tmp_path / "w.json").values)
+
+
+def test_bad_inputs_are_named_counted_and_skipped(tmp_path):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+    good = list(make_samples(2))
+    picture = noise(50, 50, 0)
+    bad = [
+        CalibrationSample(picture, "Read", "a", (), name="empty"),
+        CalibrationSample(picture, "Read", "a", (Box("a", (60, 0, 70, 9)),), name="outside"),
+        CalibrationSample(picture, "Read", "a", (Box("a", (9, 9, 9, 20)),), name="flat"),
+        CalibrationSample(picture, "Read", "a", (Box("a", (0, 0, 9, 9), item=1),), name="which"),
+        CalibrationSample(noise(4, 900, 0), "Read", "a", (Box("a", (0, 0, 4, 9)),), name="thin"),
+        CalibrationSample((), "Read", "a", (Box("a", (0, 0, 9, 9)),), name="none"),
+        Skipped("torn.png", "is not a readable image."),
+    ]
+    mixed = [bad[0], good[0], *bad[1:], good[1]]
+    scores = run(model, processor, mixed, tmp_path / "s.json")
+    # The same two samples in the same batches of one: skipped inputs change nothing.
+    alone = chase(model, processor, good, tmp_path / "g.json", ChaseSettings("teacher"), progress=False)
+    np.testing.assert_allclose(scores.values, alone.values, rtol=1e-12)
+    facts = scores.provenance
+    assert facts["images"] == 2 and facts["skipped"]["count"] == 7
+    told = " ".join(facts["skipped"]["first"])
+    for words in ("empty: has no text boxes", "outside: box 'a'", "flat: box", "names image 1", "too long", "torn.png"):
+        assert words in told
+    with pytest.raises(ValueError, match="No usable calibration images among 7: empty: has no text boxes"):
+        run(model, processor, bad, tmp_path / "none.json")
+
+
+def test_limit_and_per_token(tmp_path):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+    samples = list(make_samples(4))
+    limited = run(model, processor, samples, tmp_path / "a.json", limit=2)
+    assert np.array_equal(limited.values, run(model, processor, samples[:2], tmp_path / "b.json").values)
+    settings = ChaseSettings("teacher", per_token=True)
+    shares = chase(model, processor, samples, tmp_path / "c.json", settings, progress=False)
+    references = [reference_score(model, processor, sample, "teacher") for sample in samples]
+    expected = np.mean([score / counted for score, counted in references], axis=0)
+    np.testing.assert_allclose(shares.values, expected, rtol=1e-9)
+
+
+def test_settings_are_checked():
+    for options, words in (
+        ({"mode": "beam"}, "mode must be one of free, teacher"),
+        ({"views": "low"}, "views must be one of"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ChaseSettings(**options)
