@@ -54,7 +54,7 @@ class RunOptions:
         trust_remote_code: run code from the repository.
         system_prompt: text, or a file that holds it; None for none.
         batch_size: prompts generated together (left padded).
-        head_scores: `auto`, a file, `uniform`, `random` or `layer_mean` (sparsemm only).
+        head_scores: `auto`, a file, `uniform`, `random` or `layer_mean`: for methods that need scores.
         min_pixels, max_pixels: limits to which Qwen2-VL resizes images; None leaves the checkpoint's own.
     """
 
@@ -115,7 +115,7 @@ def known_run_options(family: Family, method: str) -> set[str]:
     names = {field.name for field in dataclasses.fields(RunOptions)}
     if family.pixel_limits is None:
         names -= {"min_pixels", "max_pixels"}
-    if method != "sparsemm":
+    if not METHODS[method].needs_head_scores:
         names -= {"head_scores"}
     return names
 
@@ -158,9 +158,9 @@ def _refusal(family: Family, method: str, name: str, known: list[str]) -> str:
     """The sentence for an argument that this model does not know."""
     knowing = [other for other, cls in METHODS.items() if name in cls.arguments]
     if name == "head_scores":
-        knowing = ["sparsemm"]
+        knowing = [other for other, cls in METHODS.items() if cls.needs_head_scores]
     if knowing:
-        return f"{family.name}_{method} has no argument {name!r}: only {' and '.join(knowing)} know it."
+        return f"{family.name}_{method} has no argument {name!r}: it belongs to {', '.join(knowing)}."
     if name in ("min_pixels", "max_pixels"):
         return f"{family.name}_{method} has no argument {name!r}: only qwen2_vl models resize images by pixel limits."
     return unknown_name(f"argument of {family.name}_{method}", name, known)

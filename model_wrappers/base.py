@@ -183,7 +183,7 @@ class CompressedChatModel(lmms):
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def _read_head_scores(self, config: dict[str, Any]) -> HeadScores | None:
-        if not METHODS[self.method].needs_head_scores or self.method == "random":
+        if not METHODS[self.method].needs_head_scores:
             return None
         try:
             from ..scoring import resolve_head_scores

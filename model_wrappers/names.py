@@ -5,7 +5,17 @@ from __future__ import annotations
 FAMILIES = {"llava_next": "LlavaNext", "qwen2_vl": "Qwen2VL"}
 """Module in this folder -> class in it."""
 
-METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "random", "local_window", "fullkv")
+METHODS = (
+    "sparsemm",
+    "snapkv",
+    "pyramidkv",
+    "adakv",
+    "random",
+    "local_window",
+    "fullkv",
+    "mask",
+    "mask_random",
+)
 """`sparsemm_lmms.methods.METHODS`, repeated because that module imports torch; a test compares the two."""
 
 

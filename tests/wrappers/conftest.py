@@ -12,6 +12,8 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from lmms_eval.api.instance import Instance
 
+from sparsemm_lmms.methods import METHODS
+
 from . import tiny
 
 TASK = """\
@@ -68,7 +70,7 @@ def arguments(checkpoints: dict[str, Path], scores: Path) -> Callable[..., str]:
     def build(name: str, **more: Any) -> str:
         family = next(family for family in checkpoints if name.startswith(family))
         given = {"pretrained": checkpoints[family], "window_size": 8, "budget": 20, "device": "cpu"}
-        if name.endswith("sparsemm"):
+        if METHODS[name.removeprefix(f"{family}_")].needs_head_scores:
             given["head_scores"] = scores
         if family == "qwen2_vl":
             given |= {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 30}

@@ -48,14 +48,15 @@ def test_every_name_evaluates_a_local_task(name: str, arguments: Callable[..., s
         SIZES
     )
     throughput = results["throughput"]
-    compressed = METHODS[name.removeprefix("llava_next_").removeprefix("qwen2_vl_")].compresses
+    method = METHODS[name.removeprefix("llava_next_").removeprefix("qwen2_vl_")]
+    compressed = method.compresses
     assert throughput["avg_kept_tokens"] <= (20 + 0.5 if compressed else math.inf)  # rounding of the published rules
     assert compressed == (throughput["avg_kept_tokens"] < throughput["avg_prompt_tokens"])
     assert compressed == (throughput["avg_kv_bytes_used"] < throughput["avg_kv_bytes_full"])
     assert ("avg_nominal_budget" in throughput) == compressed
     assert throughput["avg_ttft_ms"] > 0 and throughput["avg_tpot_ms"] > 0 and throughput["avg_peak_memory"] > 0
     assert throughput["avg_config_window_size"] == 8 and throughput["avg_config_budget"] == 20
-    assert ("avg_head_scores_sha256_48bit" in throughput) == name.endswith("sparsemm")
+    assert ("avg_head_scores_sha256_48bit" in throughput) == method.needs_head_scores
     counts = [sample["token_counts"][0] for sample in samples]
     assert throughput["total_gen_tokens"] == sum(count["output_tokens"] for count in counts)
     assert throughput["avg_kept_tokens"] == pytest.approx(sum(c["kept_tokens"] for c in counts) / len(counts), abs=1e-3)
