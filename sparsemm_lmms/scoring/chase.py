@@ -69,7 +69,7 @@ def text_shape(config: Any) -> tuple[int, int, int]:
     return text.num_hidden_layers, heads, getattr(text, "num_key_value_heads", None) or heads
 
 
-def chase(
+def score_heads(
     model: Any,
     processor: Any,
     samples: Source,
@@ -86,7 +86,7 @@ def chase(
     ``samples``: any iterable; if it has ``describe()``, that names the data in the provenance. ``limit``: stop after so
     many inputs, skipped ones included. Killed runs continue from ``output``'s partial file.
 
-    >>> # chase(model, processor, GeneratedPages(200), "scores.json", ChaseSettings(mode="teacher", batch_size=4))
+    >>> # score_heads(model, processor, GeneratedPages(200), "scores.json", ChaseSettings(mode="teacher", batch_size=4))
     """
     settings = settings or ChaseSettings()
     output = Path(output)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from sparsemm_lmms.head_scores import HeadScores, provenance_path
 from sparsemm_lmms.scoring import passes
-from sparsemm_lmms.scoring.chase import ChaseSettings, chase, text_shape
+from sparsemm_lmms.scoring.chase import ChaseSettings, text_shape
+from sparsemm_lmms.scoring.chase import score_heads as chase
 from sparsemm_lmms.scoring.inputs import chat_messages
 from sparsemm_lmms.scoring.samples import Box, CalibrationSample, Skipped, Span
 from sparsemm_lmms.scoring.token_grid import grid_for
