@@ -59,12 +59,16 @@ class Batch:
     nominal_budget: int | None
 
 
+ROOM = 128
+"""New tokens that a fresh cache has room for. Tasks often allow 1024 and get 10; a longer answer doubles the room."""
+
+
 class Engine:
     """Generates batches with one checkpoint. The compression is chosen by the session that is passed in.
 
     Args:
         checkpoint: model and processor.
-        system_prompt: put in front of every conversation, or None.
+        system_prompt: put in front of conversations that bring none, or None.
         strip_answers: remove white space around answers.
     """
 
@@ -107,7 +111,7 @@ class Engine:
         """Answer the conversations in one batch on a fresh cache of `session`, which must be entered."""
         prompts, images = zip(*(self.prompt(conversation) for conversation in conversations), strict=True)
         inputs = self.inputs(prompts, [image for group in images for image in group])
-        cache = session.new_cache(settings.max_new_tokens)
+        cache = session.new_cache(min(settings.max_new_tokens, ROOM))
         clock = StepClock(self.model.device)
         sequences = self.model.generate(
             **inputs,

@@ -58,7 +58,7 @@ class Cell:
         budget: tokens per head asked for; None for fullkv.
         characters, exact: mean character accuracy, share of answers that are right to the letter; 0 to 1.
         kept_tokens: mean per kv head after prefill.
-        kv_bytes: mean bytes of the cache store of one document.
+        kv_bytes_used, kv_bytes: mean bytes that one document's cache held at the end, and that were allocated for it.
         ms_per_token: of one decode step, which writes a token for each document of a batch.
     """
 
@@ -71,6 +71,7 @@ class Cell:
     exact: float
     prompt_tokens: float
     kept_tokens: float
+    kv_bytes_used: float
     kv_bytes: float
     ms_per_token: float
 
@@ -121,7 +122,7 @@ class Sweep:
             yield self._cell(method, budget, task, documents)
 
     def _cell(self, method: str, budget: int | None, task: str, documents: list[Document]) -> Cell:
-        answers, targets, bytes_held, steps = [], [], 0, []
+        answers, targets, used, allocated, steps = [], [], 0, 0, []
         for start in range(0, len(documents), BATCH):
             batch = documents[start : start + BATCH]
             config, scores = self._compression(method, budget, draw=start // BATCH)
@@ -129,7 +130,7 @@ class Sweep:
                 done = self.engine.generate(session, [d.conversation for d in batch], SETTINGS)
             answers += done.answers
             targets += [document.answer for document in batch]
-            bytes_held += done.kv_bytes
+            used, allocated = used + done.kv_bytes_used, allocated + done.kv_bytes
             steps += [] if done.tpot is None else [1000 * done.tpot]
         texts = [answer.text for answer in answers]
         return Cell(
@@ -142,7 +143,8 @@ class Sweep:
             fmean(text == target for text, target in zip(texts, targets, strict=True)),
             fmean(answer.prompt_tokens for answer in answers),
             fmean(answer.kept_tokens for answer in answers),
-            bytes_held / len(documents),
+            used / len(documents),
+            allocated / len(documents),
             fmean(steps) if steps else float("nan"),
         )
 
@@ -197,7 +199,8 @@ def render_table(family: str, cells: list[Cell]) -> Table:
     table = Table(
         title=f"{family} demo model, {cells[0].documents} documents a task, prompts of {prompt:.0f} tokens on average",
         caption="characters: 1 - edit distance; exact: right to the letter; kept: tokens per kv head after prefill;\n"
-        f"KV: bytes of one document's cache; ms/token: one decode step of a batch of up to {BATCH}, CPU;\n"
+        "KV: used by one document's cache at the end of its answer; ms/token: one decode step of a batch\n"
+        f"of up to {BATCH}, CPU; "
         "random, permuted and layer_mean are SparseMM with other head scores (controls).",
     )
     for header in ("method", "budget", "OCR characters", "OCR exact", "VQA exact", "kept", "KV KiB", "ms/token"):
@@ -212,7 +215,7 @@ def render_table(family: str, cells: list[Cell]) -> Table:
             f"{group['ocr'].exact:.0%}",
             f"{group['vqa'].exact:.0%}",
             f"{fmean(cell.kept_tokens for cell in group.values()):.0f}",
-            f"{fmean(cell.kv_bytes for cell in group.values()) / 1024:.0f}",
+            f"{fmean(cell.kv_bytes_used for cell in group.values()) / 1024:.0f}",
             f"{fmean(cell.ms_per_token for cell in group.values()):.1f}",
             end_section=i + 1 == len(pairs) or pairs[i + 1][0] != method,
         )

@@ -119,6 +119,7 @@ def test_demo_writes_table_plot_and_numbers(tiny_demo: Path, monkeypatch: pytest
             assert cell["characters"] == full["characters"] and cell["kept_tokens"] == full["kept_tokens"]
         elif cell["budget"] == 36 and cell["method"] in ("snapkv", "local_window"):
             assert cell["kept_tokens"] == 36 < cell["prompt_tokens"] and cell["kv_bytes"] < full["kv_bytes"]
+            assert cell["kv_bytes_used"] < full["kv_bytes_used"]
         assert cell["documents"] == 3 and math.isfinite(cell["ms_per_token"])
 
 
