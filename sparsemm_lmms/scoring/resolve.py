@@ -53,7 +53,8 @@ def resolve_head_scores(
 
     spec: see the module docstring. config: the model's config, or the content of its config.json. pretrained, revision:
     what ``from_pretrained`` gets. model, processor: used for chase if given, else loaded for it (on ``device``, default
-    CUDA before CPU) and dropped. cache_dir: in place of the user cache. Raises ValueError or FileNotFoundError with one sentence.
+    CUDA before CPU) and dropped. cache_dir: in place of the user cache. Raises ValueError or FileNotFoundError, one
+    sentence each.
     """
     config = _as_config(config)
     layers, heads, _ = text_shape(config)

@@ -116,9 +116,8 @@ def _compete(config, folder, cache, queue):
     queue.put((len(made), scores.content_hash))
 
 
-@pytest.mark.slow
 def test_one_process_computes_and_the_other_waits(config, folder, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # spawned ones would import transformers anew
     queue = context.Queue()
     processes = [context.Process(target=_compete, args=(config, str(folder), tmp_path, queue)) for _ in range(2)]
     for process in processes:
