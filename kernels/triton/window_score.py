@@ -31,7 +31,6 @@ from .backend import (
 
 POOLINGS = ("avgpool", "maxpool")
 GQA_FUNCS = ("mean", "max")
-BLOCK_W = 32  # query rows a program multiplies at once: the published window; a smaller one is padded
 MAX_SPLITS = 64  # partial statistics a row; read back whole by every program of the second pass
 BLOCK_P = 1024  # positions a program pools
 
@@ -177,23 +176,23 @@ def _mean_kernel(
     tl.store(out, result, mask=column < length)
 
 
-@jit(do_not_specialize=["kv_heads", "length", "kernel_size", "use_max"])
-def _pool_kernel(mean, pad, out, kv_heads, length, kernel_size, use_max, BLOCK_P: tl.constexpr):
+@jit(do_not_specialize=["kv_heads", "positions", "kernel_size", "use_max"])
+def _pool_kernel(mean, pad, out, kv_heads, positions, kernel_size, use_max, BLOCK_P: tl.constexpr):
     """Pooling along the positions; padding columns act as the edge of the sequence does."""
     segment = tl.program_id(1)
     position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     hidden = tl.load(pad + segment // kv_heads)
-    base = segment.to(tl.int64) * length
+    base = segment.to(tl.int64) * positions
     total = tl.zeros([BLOCK_P], tl.float32)
     top = tl.full([BLOCK_P], float("-inf"), tl.float32)
     for offset in range(0, kernel_size):
         source = position + offset - kernel_size // 2
-        inside = (source >= hidden) & (source < length)
+        inside = (source >= hidden) & (source < positions)
         total += tl.load(mean + base + source, inside, other=0.0)
         top = tl.maximum(top, tl.load(mean + base + source, inside, other=float("-inf")))
     result = tl.where(use_max != 0, top, total / kernel_size)
     result = tl.where(position >= hidden, result, float("-inf"))
-    tl.store(out + base + position, result, mask=position < length)
+    tl.store(out + base + position, result, mask=position < positions)
 
 
 def window_score(
@@ -253,9 +252,13 @@ def window_score(
     return _window_score_triton(query, key, scaling, kernel_size, pooling, gqa_func, pad)
 
 
-def tile_columns(head_dim: int, itemsize: int) -> int:
-    """Columns of a key tile: 32 KiB of keys, so that two pipelined tiles fit twice on an SM; at most 128."""
-    return max(16, min(128, 32768 // (block_head_dim(head_dim) * itemsize)))
+def tile(head_dim: int, itemsize: int) -> tuple[int, int]:
+    """(query rows, columns) of one product: the published window of 32 rows with 32 KiB of keys, at most 128 columns.
+
+    float32 takes half of both: its products run without tensor cores, on registers, and would spill.
+    """
+    rows, budget = (32, 32768) if itemsize == 2 else (16, 16384)
+    return rows, max(16, min(128, budget // (block_head_dim(head_dim) * itemsize)))
 
 
 def split_columns(n: int, programs: int, block_n: int, sms: int) -> tuple[int, int]:
@@ -283,17 +286,18 @@ def _window_score_triton(
     length, group = n - window, q_heads // kv_heads
     if pad is None:
         pad = torch.zeros(batch, dtype=torch.int32, device=key.device)
-    blocks_w = triton.cdiv(window, BLOCK_W)
-    block_n = tile_columns(head_dim, key.element_size())
+    block_w, block_n = tile(head_dim, key.element_size())
+    blocks_w = triton.cdiv(window, block_w)
     chunk, splits = split_columns(n, batch * q_heads * blocks_w, block_n, multiprocessors(key.device))
     partial = torch.empty(batch * q_heads, window, splits, dtype=torch.float32, device=key.device)
     mean = torch.empty(batch, kv_heads, length, dtype=torch.float32, device=key.device)
     strides = (*query.stride()[:3], *key.stride()[:3])
     blocks = {
         "BLOCK_D": block_head_dim(head_dim),
-        "BLOCK_W": BLOCK_W,
+        "BLOCK_W": block_w,
         "BLOCK_N": block_n,
         "num_warps": 4,
+        "num_stages": 3,
     }
     with on_device_of(key):
         _statistics_kernel[(splits, batch * q_heads, blocks_w)](
@@ -310,7 +314,6 @@ def _window_score_triton(
             n,
             chunk,
             splits,
-            num_stages=2,
             **blocks,
         )
         _mean_kernel[(triton.cdiv(length, block_n), batch * kv_heads)](
