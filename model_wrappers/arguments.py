@@ -54,7 +54,7 @@ class RunOptions:
         trust_remote_code: run code from the repository.
         system_prompt: text, or a file that holds it; None for none.
         batch_size: prompts generated together (left padded).
-        head_scores: `auto`, a file, `uniform`, `random` or `layer_mean`: for methods that need scores.
+        head_scores: `auto`, a file, `uniform`, `random`, `layer_mean` or `permuted`: for methods that need scores.
         min_pixels, max_pixels: limits to which Qwen2-VL resizes images; None leaves the checkpoint's own.
     """
 

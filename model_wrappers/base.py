@@ -158,7 +158,11 @@ class CompressedChatModel(lmms):
 
     def _conversation(self, request: Instance) -> Conversation:
         _, doc_to_messages, _, doc_id, task, split = request.args
-        return doc_to_messages(self.task_dict[task][split][doc_id])
+        try:
+            return doc_to_messages(self.task_dict[task][split][doc_id])
+        except Exception:
+            logger.error(f"Document {doc_id} of task {task} ({split}) cannot be read.")  # the cause follows
+            raise
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -166,7 +170,7 @@ class CompressedChatModel(lmms):
         if not statistics.answers:
             return
         tokens, seconds = statistics.output_tokens, statistics.elapsed
-        numbers = {**statistics.metrics(), **numeric_settings(self.compression)}
+        numbers = {**statistics.metrics(), **numeric_settings(self.settings())}
         if self.head_scores is not None:  # the results JSON takes numbers only: 48 bits fit a double exactly
             numbers["head_scores_sha256_48bit"] = int(self.head_scores.content_hash[:12], 16)
         log_metrics(seconds, tokens, tokens / seconds if seconds > 0 else 0.0, additional_metrics=numbers)

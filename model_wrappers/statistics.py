@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import sys
 from collections.abc import Sequence
@@ -95,7 +94,10 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux, bytes on macOS
 
 
-def numeric_settings(config: Any) -> dict[str, float]:
-    """The numbers among the settings as `config_<name>`: the results JSON takes numbers only."""
-    values = dataclasses.asdict(config)
-    return {f"config_{name}": float(value) for name, value in values.items() if isinstance(value, (int, float))}
+def numeric_settings(settings: dict[str, Any]) -> dict[str, float]:
+    """The numbers and switches among the settings as `config_<name>`: the results JSON takes numbers only.
+
+    >>> numeric_settings({"budget": 64, "normalize": True, "pooling": "avgpool"})
+    {'config_budget': 64.0, 'config_normalize': 1.0}
+    """
+    return {f"config_{name}": float(value) for name, value in settings.items() if isinstance(value, (int, float))}

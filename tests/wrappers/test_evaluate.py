@@ -56,6 +56,7 @@ def test_every_name_evaluates_a_local_task(name: str, arguments: Callable[..., s
     assert ("avg_nominal_budget" in throughput) == compressed
     assert throughput["avg_ttft_ms"] > 0 and throughput["avg_tpot_ms"] > 0 and throughput["avg_peak_memory"] > 0
     assert throughput["avg_config_window_size"] == 8 and throughput["avg_config_budget"] == 20
+    assert throughput.get("avg_config_max_pixels") == (23520 if name.startswith("qwen2_vl") else None)
     assert ("avg_head_scores_sha256_48bit" in throughput) == method.needs_head_scores
     counts = [sample["token_counts"][0] for sample in samples]
     assert throughput["total_gen_tokens"] == sum(count["output_tokens"] for count in counts)
@@ -82,8 +83,12 @@ def test_generation_arguments_reach_the_model(arguments: Callable[..., str], tas
 
 def test_an_unreadable_image_aborts(arguments: Callable[..., str], task: Callable[..., Path]) -> None:
     name = "llava_next_snapkv"
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="ERROR", format="{message}")
     with pytest.raises(OSError, match="cannot identify image file"):
         evaluate(name, arguments(name), task([png(0), b"this is no image"]))
+    logger.remove(sink)
+    assert lines == ["Document 1 of task tiny_images (test) cannot be read.\n"]
 
 
 def test_an_exception_in_generation_aborts(arguments: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
