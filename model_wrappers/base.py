@@ -14,10 +14,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 
 from ..head_scores import HeadScores
 from ..methods import METHODS
+from ..scoring import resolve_head_scores
 from ..session import compress
 from .arguments import Family, split_arguments, without_effect
 from .engine import Conversation, Engine
@@ -27,6 +28,7 @@ from .names import class_name
 from .statistics import CacheTokenCounts, RunStatistics, numeric_settings
 
 T = TypeVar("T", bound="CompressedChatModel")
+FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
 
 
 class CompressedChatModel(lmms):
@@ -47,8 +49,12 @@ class CompressedChatModel(lmms):
         self.accelerator = _accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._device = resolve_device(self.options, self.accelerator)
-        self.head_scores = self._read_head_scores(read_config(self.family, self.options))
-        self.checkpoint: Checkpoint | None = load_checkpoint(self.family, self.options, self._device)
+        self.checkpoint: Checkpoint | None = None
+        config = read_config(self.family, self.options)
+        needs_model = self.options.head_scores.partition(":")[0] in FROM_THE_MODEL
+        scores = None if needs_model else self._read_head_scores(config)
+        self.checkpoint = load_checkpoint(self.family, self.options, self._device)
+        self.head_scores = self._read_head_scores(config) if needs_model else scores
         prompt = self.options.system_prompt
         self.system_prompt = self._resolve_system_prompt(prompt.replace("\\n", "\n")) if prompt else None
         self.engine: Engine | None = Engine(self.checkpoint, self.system_prompt, self.family.strip_answers)
@@ -187,23 +193,24 @@ class CompressedChatModel(lmms):
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def _read_head_scores(self, config: dict[str, Any]) -> HeadScores | None:
+        """The scores of this model, or None for a method without. Finding them (`auto`) needs the loaded model."""
         if not METHODS[self.method].needs_head_scores:
             return None
-        try:
-            from ..scoring import resolve_head_scores
-        except ImportError:  # TODO interim, until the resolver lands
-            scores = HeadScores.load(self.options.head_scores)
-            scores.check_shape(
-                config["text_config"]["num_hidden_layers"], config["text_config"]["num_attention_heads"], "it"
-            )
-            return scores
-
+        path, revision = checkpoint_path(self.family, self.options), self.options.revision
+        loaded: dict[str, Any] = {}
+        if self.checkpoint is not None:  # a processor of its own: pixel limits of this run must not shape kept scores
+            loaded = {
+                "model": self.checkpoint.model,
+                "processor": AutoProcessor.from_pretrained(path, revision=revision),
+            }
         return resolve_head_scores(
             self.options.head_scores,
             config,
-            checkpoint_path(self.family, self.options),
-            self.options.revision,
+            path,
+            revision,
             seed=self.compression.seed,
+            progress=self.rank == 0,
+            **loaded,
         )
 
     def _ready(self) -> Checkpoint:

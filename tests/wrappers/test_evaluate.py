@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lmms_eval.models.model_utils import gen_metrics
 from lmms_eval.tasks import TaskManager
 from loguru import logger
 
+from sparsemm_lmms import HeadScores
 from sparsemm_lmms.methods import METHODS
 
 from .conftest import conversation, png, request
@@ -180,6 +182,38 @@ def test_head_scores_of_another_shape(arguments: Callable[..., str], tmp_path: P
     path.write_text(json.dumps({"0-0": [1.0], "0-1": [2.0]}))
     with pytest.raises(ValueError, match="1 layers x 2 heads"):
         load("llava_next_sparsemm", arguments("llava_next_sparsemm", head_scores=path))
+
+
+def test_head_scores_by_word_and_by_file(
+    arguments: Callable[..., str], checkpoints: dict[str, Path], scores: Path, tmp_path: Path
+) -> None:
+    table = HeadScores.load(scores)
+    packaged = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints["llava_next"], packaged)
+    shutil.copy(scores, packaged / "head_scores.json")
+
+    def read(spec: object, **more: object) -> HeadScores:
+        given = arguments("llava_next_sparsemm", head_scores=spec, pretrained=packaged, **more)
+        return load("llava_next_sparsemm", given).head_scores
+
+    assert read(scores).content_hash == read("auto").content_hash == table.content_hash
+    assert read("layer_mean").content_hash == table.layer_mean().content_hash
+    assert read("permuted", seed=3).content_hash == table.permuted(3).content_hash
+    assert read("random", seed=3).content_hash == HeadScores.random(3, 4, 3).content_hash
+    assert read("uniform").content_hash == HeadScores.uniform(3, 4).content_hash
+
+
+@pytest.mark.parametrize("text", ["no json", "[1, 2]", '{"0-0": [NaN]}'])
+def test_bad_score_files_stop_before_loading(
+    arguments: Callable[..., str], tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsemm_lmms.model_wrappers.base.load_checkpoint", None)
+    path = tmp_path / "scores.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=str(path)):
+        load("qwen2_vl_sparsemm", arguments("qwen2_vl_sparsemm", head_scores=path))
+    with pytest.raises(FileNotFoundError, match="neither a file nor one of auto, uniform"):
+        load("qwen2_vl_sparsemm", arguments("qwen2_vl_sparsemm", head_scores=tmp_path / "nowhere.json"))
 
 
 def test_what_is_not_built_yet_says_so(arguments: Callable[..., str]) -> None:
