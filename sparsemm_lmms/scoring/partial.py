@@ -68,9 +68,7 @@ class PartialResults:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(
-                f"Another process is writing {self.path}; wait for it or choose another output."
-            ) from None
+            raise ValueError(f"Another process is writing {self.path}; wait for it or choose another output.") from None
 
     def _read(self) -> None:
         self._file.seek(0)

@@ -284,7 +284,7 @@ def test_two_runs_into_one_output_are_refused(tmp_path):
 
     def nested():
         yield from make_samples(2)
-        with pytest.raises(RuntimeError, match="Another process is writing"):
+        with pytest.raises(ValueError, match="Another process is writing"):
             run(model, processor, nested(), tmp_path / "s.json")
 
     run(model, processor, nested(), tmp_path / "s.json")

@@ -1,0 +1,217 @@
+"""`sparsemm-lmms chase`, `heads` and `budgets`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsemm_lmms.head_scores import HeadScores
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Find, look at and spend visual heads.")
+
+
+class ModelFamily(str, Enum):
+    llava_next = "llava_next"
+    qwen2_vl = "qwen2_vl"
+
+
+class ReadingMode(str, Enum):
+    free = "free"
+    teacher = "teacher"
+
+
+class ReadingKinds(str, Enum):
+    transcribe = "transcribe"
+    mixture = "mixture"
+
+
+class CountedViews(str, Enum):
+    high = "high"
+    all = "all"
+
+
+@app.command()
+def chase(
+    output: Annotated[Path, typer.Option(help="Score file to write (JSON).")],
+    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = ModelFamily.llava_next,
+    pretrained: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    images: Annotated[int, typer.Option(min=1, help="Calibration images (the paper: 1000).")] = 1000,
+    data: Annotated[
+        str, typer.Option(help="generated, demo, folder:PATH, or synthdog:PATH_OR_HUB_ID; default: by the model.")
+    ] = "",
+    readings: Annotated[
+        ReadingKinds, typer.Option(help="transcribe: the paper's prompt; mixture: also lines and keys.")
+    ] = ReadingKinds.transcribe,
+    prompt: Annotated[str, typer.Option(help="Transcription prompt in place of the paper's.")] = "",
+    mode: Annotated[
+        ReadingMode, typer.Option(help="free: greedy decoding (paper); teacher: one forward on the known text.")
+    ] = ReadingMode.free,
+    views: Annotated[
+        CountedViews, typer.Option(help="LLaVA-NeXT's image tokens that count: high (paper) or all.")
+    ] = CountedViews.high,
+    token_text: Annotated[str, typer.Option(help="How a token's text is matched: stripped, decoded, piece.")] = (
+        "stripped"
+    ),
+    per_token: Annotated[bool, typer.Option(help="Average over a sample's tokens where the paper sums.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of free running.")] = 1024,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated images and the mixture.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Stop after so many inputs; 0: all.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu; default CUDA before CPU.")] = "",
+    top: Annotated[int, typer.Option(min=0, help="Heads to print.")] = 10,
+) -> None:
+    """Score every head of a model by how often it looks at the word being written. A killed run goes on."""
+    from sparsemm_lmms.scoring.chase import ChaseSettings, score_heads
+    from sparsemm_lmms.scoring.resolve import load_model
+
+    settings = ChaseSettings(mode.value, views.value, token_text, batch_size, max_new_tokens, per_token)  # type: ignore[arg-type]
+    data = data or ("demo" if pretrained == "demo" else "generated")
+    source = calibration_source(data, images, readings.value, prompt, seed)
+    path = pretrained
+    if pretrained == "demo":
+        from sparsemm_lmms.demo import model_path
+
+        path = str(model_path(model.value))
+    loaded, processor = load_model(path, revision, device or None)
+    if loaded.config.model_type != model.value:
+        raise ValueError(f"{pretrained} is a {loaded.config.model_type} model, not {model.value}; set --model to it.")
+    name = f"demo/{model.value}" if pretrained == "demo" else pretrained
+    scores = score_heads(
+        loaded, processor, source, output, settings,
+        limit=min(images, limit or images), model_id=name, revision=revision,
+    )  # fmt: skip
+    _print_summary(scores, top)
+    print(f"Written to {output}. Use it with head_scores={output}.")
+
+
+@app.command()
+def heads(
+    files: Annotated[list[Path], typer.Argument(help="One score file, or two to compare.")],
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw (.png or .svg).")] = None,
+    top: Annotated[int, typer.Option(min=0, help="Heads to print.")] = 10,
+) -> None:
+    """Show where the visual heads of a score file are, or compare two files."""
+    from sparsemm_lmms.scoring.statistics import spearman, top_overlap
+
+    if len(files) > 2:
+        raise ValueError(f"heads takes one file or two, got {len(files)}.")
+    tables = [HeadScores.load(file) for file in files]
+    for table in tables:
+        _print_summary(table, top)
+    if len(tables) == 2:
+        first, second = (table.values for table in tables)
+        print(
+            f"Spearman {spearman(first, second):.3f}; overlap of the top 5 % {top_overlap(first, second):.0%}, "
+            f"of the top 10 % {top_overlap(first, second, 0.1):.0%}."
+        )
+    if plot is not None:
+        from sparsemm_lmms.scoring.plots import plot_heads
+
+        print(f"Drawn: {plot_heads(tables[0], plot, *tables[1:])}")
+
+
+@app.command()
+def budgets(
+    file: Annotated[Path, typer.Argument(help="Score file.")],
+    budget: Annotated[int, typer.Option(min=1, help="Tokens per kv head on average, window included.")] = 256,
+    window_size: Annotated[int, typer.Option(min=1)] = 32,
+    ratio: Annotated[float, typer.Option(min=0, max=1, help="Share that every head gets.")] = 0.1,
+    kv_heads: Annotated[int, typer.Option(min=0, help="KV heads a layer; 0: from the file, else no grouping.")] = 0,
+    prompt_length: Annotated[int, typer.Option(min=0, help="Clamp to a prompt of so many tokens; 0: don't.")] = 0,
+    redistribute: Annotated[bool, typer.Option(help="Give what a head can't use to others (needs a prompt).")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw (.png or .svg).")] = None,
+) -> None:
+    """Show how many tokens SparseMM gives to each layer and kv head, and the sum against the nominal budget."""
+    from sparsemm_lmms.config import CompressionConfig
+    from sparsemm_lmms.scoring.budget_table import budget_table
+
+    scores = HeadScores.load(file)
+    config = CompressionConfig(budget=budget, window_size=window_size, ratio=ratio, redistribute=redistribute)
+    groups = kv_heads or int(scores.provenance.get("kv_heads") or scores.heads)
+    table = budget_table(scores, groups, config, prompt_length or None)
+    nominal = min(budget, prompt_length) if prompt_length else budget
+    _print_budgets(table, nominal)
+    if plot is not None:
+        from sparsemm_lmms.scoring.plots import plot_budgets
+
+        title = f"{file.name}, budget {budget}" + (f", prompt of {prompt_length}" if prompt_length else "")
+        print(f"Drawn: {plot_budgets(table, nominal, plot, title, min(window_size, prompt_length or window_size))}")
+
+
+def calibration_source(data: str, images: int, readings: str = "transcribe", prompt: str = "", seed: int = 0) -> Any:
+    """The samples that ``--data`` names."""
+    from sparsemm_lmms.scoring.demo_pages import DemoPages
+    from sparsemm_lmms.scoring.render import GeneratedPages
+    from sparsemm_lmms.scoring.samples import PAPER_PROMPT
+    from sparsemm_lmms.scoring.sources import FolderPages, SynthDogPages
+
+    kind, _, where = data.partition(":")
+    options: dict[str, Any] = {"readings": readings, "prompt": prompt or PAPER_PROMPT, "seed": seed}
+    if data == "generated":
+        return GeneratedPages(images, **options)
+    if data == "demo":
+        return DemoPages(images, "mixed" if readings == "mixture" else "all", seed)
+    if kind == "folder" and where:
+        return FolderPages(where, **options)
+    if kind == "synthdog" and where:
+        return SynthDogPages(where, **options)
+    raise ValueError(f"--data {data!r} must be generated, demo, folder:PATH or synthdog:PATH_OR_HUB_ID.")
+
+
+def _print_summary(scores: HeadScores, top: int) -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparsemm_lmms.scoring.statistics import top_share
+
+    facts, values = scores.provenance, scores.values
+    table = Table(title=f"{facts.get('path') or facts.get('model', '')}: {scores.layers} layers x {scores.heads} heads")
+    for column in ("rank", "layer", "head", "score", "std. error", "share", "sum of shares"):
+        table.add_column(column, justify="right")
+    order = np.argsort(-values, axis=None, kind="stable")[:top]
+    total = 0.0
+    for rank, (layer, head) in enumerate(zip(*np.unravel_index(order, values.shape), strict=True), start=1):
+        share = values[layer, head] / values.sum()
+        total += share
+        error = f"{scores.stderr[layer, head]:.4g}" if scores.stderr is not None else "-"
+        row = (str(rank), str(layer), str(head), f"{values[layer, head]:.4g}", error, f"{share:.1%}", f"{total:.1%}")
+        table.add_row(*row)
+    console = Console()
+    if top:
+        console.print(table)
+    console.print(
+        f"Of the total score the top 5 % of heads hold {top_share(values):.0%}, the top 10 % "
+        f"{top_share(values, 0.1):.0%}."
+    )
+    if "images" in facts:
+        skipped = facts.get("skipped", {}).get("count", 0)
+        console.print(
+            f"{facts['images']} images ({skipped} skipped), {facts['tokens_counted']} of {facts['tokens']} tokens "
+            f"counted, mode {facts['mode']}."
+        )
+    if halves := facts.get("split_half"):
+        console.print(
+            f"Two halves of the images: Spearman {halves['spearman']:.3f}, overlap of the top 10 % of heads "
+            f"{halves['top_10_percent_overlap']:.0%}."
+        )
+    console.print(f"Content hash {scores.content_hash}.")
+
+
+def _print_budgets(table: Any, nominal: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"Tokens kept by a head, nominal {nominal}")
+    for column in ("layer", "least", "mean", "most"):
+        shown.add_column(column, justify="right")
+    for layer, row in enumerate(table):
+        shown.add_row(str(layer), str(row.min()), f"{row.mean():.1f}", str(row.max()))
+    console = Console()
+    console.print(shown)
+    wanted = nominal * table.size
+    console.print(f"Sum {int(table.sum()):,} of nominal {wanted:,} ({table.sum() / wanted:.1%}).")

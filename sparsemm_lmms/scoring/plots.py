@@ -1,0 +1,145 @@
+"""Pictures of head scores and budgets (PNG or SVG by the file's suffix). Drawn without a display.
+
+Colours: one sequential map (viridis, legible in grey and to colour-blind readers) that grows with the square root,
+since few heads hold nearly everything and the others would be one dark field; lines blue and orange.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms.scoring.statistics import spearman, top_count, top_overlap, top_share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#2a6fbb", "#e0762f", "#8a8a8a"
+SUFFIXES = (".png", ".svg")
+
+
+def plot_heads(
+    scores: HeadScores,
+    path: str | os.PathLike[str],
+    other: HeadScores | None = None,
+    names: tuple[str, str] = ("", ""),
+) -> Path:
+    """Layers x heads heat map and, beside it, the sorted shares with what the top 5 % of heads hold.
+
+    With ``other`` (same shape): both heat maps, both curves, rank correlation and overlap of the top 5 %.
+    """
+    tables = [scores, *([other] if other is not None else [])]
+    if other is not None and other.values.shape != scores.values.shape:
+        raise ValueError(
+            f"Two files side by side need one shape, got {scores.layers} layers x {scores.heads} heads and "
+            f"{other.layers} x {other.heads}."
+        )
+    labels = [name or _label(table, index) for index, (name, table) in enumerate(zip(names, tables, strict=False))]
+    figure = _figure(5.2 * (len(tables) + 1))
+    axes = figure.subplots(1, len(tables) + 1)
+    top = max(float((table.values / table.values.sum()).max()) for table in tables)
+    for axis, table, label in zip(axes, tables, labels, strict=False):
+        image = _heat(axis, 100 * table.values / table.values.sum(), 100 * top, "head")
+        axis.set_title(label, fontsize=10)
+    figure.colorbar(image, ax=axes[: len(tables)].tolist(), label="% of the total score", shrink=0.85)
+    _curves(axes[-1], tables, labels)
+    if other is not None:
+        figure.suptitle(
+            f"Spearman {spearman(scores.values, other.values):.3f}, "
+            f"overlap of the top 5 % of heads {top_overlap(scores.values, other.values):.0%}",
+            fontsize=11,
+        )
+    return _save(figure, path)
+
+
+def plot_budgets(
+    tokens: np.ndarray, nominal: int, path: str | os.PathLike[str], title: str = "", window: int | None = None
+) -> Path:
+    """Tokens kept by each layer and kv head, and each layer's mean against the nominal budget.
+
+    tokens: int ``[layers, kv_heads]``, window included. nominal: budget, tokens per kv head on average. window: drawn
+    as what every head keeps in any case.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size:
+        raise ValueError(f"tokens must be a table [layers, kv_heads], got shape {tokens.shape}.")
+    layers, kv_heads = tokens.shape
+    figure = _figure(10.4)
+    heat, bars = figure.subplots(1, 2)
+    image = _heat(heat, tokens, float(tokens.max()), "kv head")
+    heat.set_title(title or "tokens kept", fontsize=10)
+    figure.colorbar(image, ax=heat, label="tokens kept", shrink=0.85)
+    rows, shown = np.arange(layers), np.maximum(tokens, 1)  # the axis is logarithmic: a visual head keeps 100 x more
+    bars.hlines(rows, shown.min(axis=1), shown.max(axis=1), color=GREY, linewidth=1.5, label="least to most in a layer")
+    bars.plot(shown.mean(axis=1), rows, "o", color=BLUE, markersize=5, label="mean over the layer's heads")
+    bars.axvline(nominal, color=ORANGE, linewidth=1.8, label=f"nominal budget {nominal}")
+    if window:
+        bars.axvline(window, color="black", linestyle=":", linewidth=1.2, label=f"window {window}, always kept")
+    bars.set(ylim=(layers - 0.5, -0.5), ylabel="layer", xlabel="tokens kept by a head", xscale="log")
+    bars.xaxis.set_major_formatter("{x:g}")
+    bars.yaxis.get_major_locator().set_params(integer=True)
+    total, wanted = int(tokens.sum()), nominal * layers * kv_heads
+    bars.set_title(f"sum {total:,} of nominal {wanted:,} ({total / wanted:.1%})", fontsize=10)
+    _legend_below(bars, columns=2)
+    return _save(figure, path)
+
+
+def _figure(width: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _heat(axis: Axes, table: np.ndarray, top: float, across: str) -> Any:
+    from matplotlib.colors import PowerNorm
+
+    norm = PowerNorm(0.5, vmin=0, vmax=top)
+    image = axis.imshow(table, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
+    axis.set(xlabel=across, ylabel="layer")
+    for side in (axis.xaxis, axis.yaxis):
+        side.get_major_locator().set_params(integer=True)
+    return image
+
+
+def _curves(axis: Axes, tables: list[HeadScores], labels: list[str]) -> None:
+    for table, label, colour in zip(tables, labels, (BLUE, ORANGE), strict=False):
+        ordered = np.sort(table.values, axis=None)[::-1] / table.values.sum()
+        share = 100 * np.concatenate([[0.0], ordered.cumsum()])
+        heads = 100 * np.arange(len(share)) / ordered.size
+        held = top_share(table.values)
+        count = top_count(ordered.size, 0.05)
+        axis.plot(heads, share, color=colour, linewidth=1.8, label=f"{label}: top 5 % of heads hold {held:.0%}")
+        axis.plot(heads[count], share[count], "o", color=colour, markersize=6)
+    axis.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="all heads alike")
+    axis.set(xlim=(0, 100), ylim=(0, 103), xlabel="heads, best first (%)", ylabel="share of the score (%)")
+    axis.set_title("Sorted heads", fontsize=10)
+    _legend_below(axis, columns=1)
+
+
+def _legend_below(axis: Axes, columns: int) -> None:
+    """Outside, since curves and spreads may fill all of the axes."""
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns, frameon=False)
+
+
+def _label(scores: HeadScores, index: int) -> str:
+    facts = scores.provenance
+    name = Path(str(facts["path"])).name if facts.get("path") else str(facts.get("kind", f"scores {index + 1}"))
+    model = Path(str(facts["model"])).name if facts.get("model") else ""
+    return f"{name} ({model})" if model else name
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: pictures are written as {' or '.join(SUFFIXES)}; choose such a name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,123 @@
+"""The commands end to end on a tiny model, and the pictures: right numbers drawn, both file types."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sparsemm_lmms.head_scores import HeadScores, provenance_path
+from sparsemm_lmms.scoring import plots
+from sparsemm_lmms.scoring.commands import app, calibration_source
+from sparsemm_lmms.scoring.plots import plot_budgets, plot_heads
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny-qwen"
+    tiny.qwen2_vl().save_pretrained(path)
+    tiny.qwen_processor().save_pretrained(path)
+    return path
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_chase_heads_budgets(folder, tmp_path):
+    scores = tmp_path / "scores.json"
+    told = invoke(
+        "chase", "--model", "qwen2_vl", "--pretrained", folder, "--images", 6, "--mode", "teacher", "--readings",
+        "mixture", "--batch-size", 2, "--output", scores, "--device", "cpu",
+    )  # fmt: skip
+    assert "6 images (0 skipped)" in told and "top 10 %" in told and f"head_scores={scores}" in told
+    facts = json.loads(provenance_path(scores).read_text())
+    assert facts["model"] == str(folder) and facts["kv_heads"] == 2 and facts["data"]["readings"] == "mixture"
+    told = invoke("heads", scores, "--plot", tmp_path / "h.png", "--top", 3)
+    assert HeadScores.load(scores).content_hash in told and "Drawn" in told
+    told = invoke("heads", scores, scores, "--plot", tmp_path / "h2.svg")
+    assert "Spearman 1.000; overlap of the top 5 % 100%" in told
+    told = invoke("budgets", scores, "--budget", 64, "--plot", tmp_path / "b.png")
+    assert "of nominal 384" in told  # 3 layers x 2 kv heads x 64, kv heads from the provenance
+    told = invoke("budgets", scores, "--budget", 64, "--prompt-length", 100, "--redistribute")
+    assert "Sum 384 of nominal 384 (100.0%)" in told
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("scores")) == ["b.png", "h.png", "h2.svg"]
+
+
+def test_wrong_family_and_too_many_files(folder, tmp_path):
+    with pytest.raises(ValueError, match="is a qwen2_vl model, not llava_next; set --model"):
+        invoke("chase", "--pretrained", folder, "--output", tmp_path / "s.json", "--images", 1, "--device", "cpu")
+    path = HeadScores.uniform(2, 2).save(tmp_path / "u.json")
+    with pytest.raises(ValueError, match="one file or two, got 3"):
+        invoke("heads", path, path, path)
+    with pytest.raises(ValueError, match="must be generated, demo, folder:PATH or synthdog"):
+        calibration_source("folder:", 3)
+    with pytest.raises(ValueError, match="redistribute depends on the prompt"):
+        invoke("budgets", path, "--redistribute")
+    with pytest.raises(ValueError, match="kv_heads=3 must divide the 2 query heads"):
+        invoke("budgets", path, "--kv-heads", 3)
+
+
+def test_sources_by_name(tmp_path):
+    assert len(calibration_source("generated", 7)) == 7
+    assert calibration_source("demo", 3, "mixture").kind == "mixed" and calibration_source("demo", 3).kind == "all"
+    assert calibration_source(f"folder:{tmp_path}", 3).folder == str(tmp_path)
+    assert calibration_source("synthdog:org/data", 3, prompt="Read").prompt == "Read"
+
+
+@pytest.fixture()
+def figures(monkeypatch):
+    """The figures that get drawn, to look into."""
+    seen = []
+    stock = plots._figure
+
+    def keep(width):
+        seen.append(stock(width))
+        return seen[-1]
+
+    monkeypatch.setattr(plots, "_figure", keep)
+    return seen
+
+
+def test_heads_picture_shows_the_table(tmp_path, figures):
+    table = np.arange(1.0, 41).reshape(4, 10) ** 2
+    plot_heads(HeadScores(table, provenance={"path": "x/mine.json"}), tmp_path / "h.png")
+    heat, curve = figures[0].axes[:2]
+    np.testing.assert_allclose(heat.images[0].get_array(), 100 * table / table.sum())
+    assert heat.get_xlabel() == "head" and heat.get_ylabel() == "layer" and heat.get_title() == "mine.json"
+    line = curve.lines[0].get_ydata()
+    assert len(line) == 41 and line[-1] == pytest.approx(100) and (np.diff(line, 2) <= 1e-9).all()
+    held = np.sort(table.reshape(-1))[-2:].sum() / table.sum()
+    assert f"top 5 % of heads hold {held:.0%}" in curve.get_legend().get_texts()[0].get_text()
+    assert curve.lines[1].get_xydata()[0] == pytest.approx([5, 100 * held])
+    with Image.open(tmp_path / "h.png") as image:
+        assert image.format == "PNG" and image.width > 1000
+
+
+def test_two_files_side_by_side(tmp_path, figures):
+    a, b = HeadScores.random(4, 8, 0), HeadScores.random(4, 8, 1)
+    plot_heads(a, tmp_path / "h.svg", b, names=("first", "second"))
+    assert [axis.get_title() for axis in figures[0].axes[:2]] == ["first", "second"]
+    assert "Spearman" in figures[0].get_suptitle() and "overlap of the top 5 %" in figures[0].get_suptitle()
+    assert ElementTree.parse(tmp_path / "h.svg").getroot().tag.endswith("svg")
+    with pytest.raises(ValueError, match="need one shape, got 4 layers x 8 heads and 2 x 2"):
+        plot_heads(a, tmp_path / "x.png", HeadScores.uniform(2, 2))
+    with pytest.raises(ValueError, match=".png or .svg"):
+        plot_heads(a, tmp_path / "h.pdf")
+
+
+def test_budgets_picture_shows_the_table(tmp_path, figures):
+    tokens = np.array([[32, 96], [64, 70], [33, 40]])
+    plot_budgets(tokens, 64, tmp_path / "b.png", "mine", 32)
+    heat, spread = figures[0].axes[:2]
+    assert np.array_equal(heat.images[0].get_array(), tokens) and heat.get_xlabel() == "kv head"
+    assert spread.get_title() == f"sum 335 of nominal 384 ({335 / 384:.1%})"
+    assert np.array_equal(spread.lines[0].get_xdata(), tokens.mean(axis=1))
+    with pytest.raises(ValueError, match="must be a table"):
+        plot_budgets(tokens[0], 64, tmp_path / "b.png")

@@ -1,0 +1,56 @@
+"""Ranks, correlations and overlaps against scipy where it is there, and by hand."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sparsemm_lmms.scoring import budget_table, statistics
+from sparsemm_lmms.scoring.statistics import spearman, split_half, top_count, top_overlap, top_share
+
+TABLES = hnp.arrays(np.float64, (3, 5), elements=st.integers(0, 6).map(float))
+
+
+@settings(max_examples=50, deadline=None)
+@given(a=TABLES, b=TABLES)
+def test_spearman_is_scipys(a, b):
+    stats = pytest.importorskip("scipy.stats")
+    mine = spearman(a, b)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        assert math.isnan(mine)
+    else:
+        assert mine == pytest.approx(stats.spearmanr(a.reshape(-1), b.reshape(-1)).statistic)
+
+
+def test_top_of_1024_heads():
+    assert top_count(1024, 0.05) == 51 and top_count(4, 0.05) == 1
+    table = np.zeros((32, 32))
+    table[3, :30] = 1
+    assert top_share(table) == 1.0 and top_share(table, 15 / 1024) == 0.5
+    other = np.zeros((32, 32))
+    other[3, 15:45] = 1
+    assert top_overlap(table, other, 30 / 1024) == 0.5
+    with pytest.raises(ValueError, match="one shape"):
+        spearman(table, table[:2])
+    with pytest.raises(ValueError, match="one shape"):
+        top_overlap(table, table[:2])
+
+
+def test_split_half():
+    tables = np.random.default_rng(0).random((40, 4, 8)) * np.arange(32).reshape(4, 8)
+    same = split_half(np.concatenate([tables[:1]] * 4))
+    assert same == {"spearman": 1.0, "top_5_percent_overlap": 1.0, "top_10_percent_overlap": 1.0}
+    assert split_half(tables)["spearman"] == pytest.approx(
+        spearman(tables[::2].mean(0), tables[1::2].mean(0)), abs=1e-6
+    )
+    assert split_half(tables[:3]) is None
+    assert split_half(np.zeros((8, 2, 2))) is None
+
+
+@pytest.mark.parametrize("module", [statistics, budget_table])
+def test_examples(module):
+    assert doctest.testmod(module).failed == 0
