@@ -32,9 +32,10 @@ from .model_wrappers.llava_next import LlavaNext
 from .model_wrappers.loading import load_checkpoint, read_config
 from .model_wrappers.qwen2_vl import Qwen2VL
 from .session import compress
+from .task_overrides.utils import character_accuracy
 
 FAMILIES = {"llava_next": LlavaNext.family, "qwen2_vl": Qwen2VL.family}
-TASKS = ("ocr", "vqa")
+TASKS = {"ocr": GenerationSettings(96, until=("\n\n",)), "vqa": GenerationSettings(24, until=("\n\n",))}
 CONTROLS = ("random", "permuted", "layer_mean")
 ROWS = ("fullkv", "sparsemm", "snapkv", "pyramidkv", "adakv", "local_window", *CONTROLS)
 DRAWN = ("random", "permuted")  # these draw head scores anew for each batch of documents, so their rows are means
@@ -76,26 +77,11 @@ class Cell:
     ms_per_token: float
 
 
-def character_accuracy(answer: str, target: str) -> float:
-    """1 - edit distance / length of the longer text, so 1 is right and 0 has nothing in common.
-
-    >>> character_accuracy("ABXD", "ABCD")
-    0.75
-    """
-    row = list(range(len(target) + 1))
-    for i, a in enumerate(answer, 1):
-        last, row[0] = row[0], i
-        for j, b in enumerate(target, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (a != b))
-    return 1 - row[-1] / max(len(answer), len(target), 1)
-
-
-def read_documents(task: str, family: str, limit: int) -> list[Document]:
+def read_documents(task: str, limit: int) -> list[Document]:
     """The first `limit` documents of `sparsemm_demo_<task>`."""
     import pyarrow.parquet as parquet
 
-    root = Path(str(files("sparsemm_lmms.task_overrides")))
-    table = parquet.read_table(next(iter(sorted(root.rglob(f"*{task}*.parquet")))))
+    table = parquet.read_table(str(files("sparsemm_lmms.task_overrides") / f"sparsemm_demo_{task}.parquet"))
     documents = []
     for row in table.slice(0, limit).to_pylist():
         image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
@@ -114,7 +100,7 @@ class Sweep:
         self.family, self.seed = family, seed
         self.engine = Engine(checkpoint, strip_answers=True)
         self.scores = self._packaged_scores(config, checkpoint.path)
-        self.documents = {task: read_documents(task, family, limit) for task in TASKS}
+        self.documents = {task: read_documents(task, limit) for task in TASKS}
 
     def cells(self, method: str, budget: int | None) -> Iterator[Cell]:
         """Run one method at one budget, one task after the other."""
@@ -127,7 +113,7 @@ class Sweep:
             batch = documents[start : start + BATCH]
             config, scores = self._compression(method, budget, draw=start // BATCH)
             with compress(self.engine.model, config, scores) as session:
-                done = self.engine.generate(session, [d.conversation for d in batch], SETTINGS)
+                done = self.engine.generate(session, [d.conversation for d in batch], TASKS[task])
             answers += done.answers
             targets += [document.answer for document in batch]
             used, allocated = used + done.kv_bytes_used, allocated + done.kv_bytes
@@ -139,7 +125,7 @@ class Sweep:
             method,
             budget,
             len(documents),
-            fmean(map(character_accuracy, texts, targets)),
+            fmean(character_accuracy([wanted], [got]) for wanted, got in zip(targets, texts, strict=True)),
             fmean(text == target for text, target in zip(texts, targets, strict=True)),
             fmean(answer.prompt_tokens for answer in answers),
             fmean(answer.kept_tokens for answer in answers),
@@ -162,9 +148,6 @@ class Sweep:
         from .scoring import resolve_head_scores
 
         return resolve_head_scores("auto", config, path, "main")
-
-
-SETTINGS = GenerationSettings(max_new_tokens=160)
 
 
 def main(family: str, methods: str, budgets: str, limit: int, seed: int, output: Path) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import sparsemm_lmms
 from sparsemm_lmms import HeadScores, demo_sweep
 from sparsemm_lmms.cli import app
-from sparsemm_lmms.demo_sweep import ROWS, Document, character_accuracy
+from sparsemm_lmms.demo_sweep import ROWS, Document
 
 from .wrappers import tiny
 from .wrappers.conftest import conversation
@@ -69,30 +69,15 @@ def test_a_mistake_leaves_no_traceback() -> None:
     assert done.stderr.startswith("sparsemm-lmms: budget=0 must be larger") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("answer", "target", "accuracy"),
-    [
-        ("ABCD", "ABCD", 1),
-        ("", "ABCD", 0),
-        ("ABD", "ABCD", 0.75),
-        ("ABCDABCD", "ABCD", 0.5),
-        ("", "", 1),
-        ("XY", "AB", 0),
-    ],
-)
-def test_character_accuracy(answer: str, target: str, accuracy: float) -> None:
-    assert character_accuracy(answer, target) == accuracy
-
-
 @pytest.fixture
 def tiny_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tiny random checkpoints and three questions in place of the packaged demo."""
     folders = {family: make(tmp_path / family) for family, make in tiny.MAKERS.items()}
     monkeypatch.setattr("sparsemm_lmms.demo.model_path", lambda family: str(folders[family]))
     monkeypatch.setattr(demo_sweep.Sweep, "_packaged_scores", lambda self, config, path: HeadScores.random(3, 4, 5))
-    monkeypatch.setattr(demo_sweep, "SETTINGS", demo_sweep.GenerationSettings(6))
+    monkeypatch.setattr(demo_sweep, "TASKS", dict.fromkeys(demo_sweep.TASKS, demo_sweep.GenerationSettings(6)))
 
-    def documents(task: str, family: str, limit: int) -> list[Document]:
+    def documents(task: str, limit: int) -> list[Document]:
         questions = [conversation(i, f"Read {task}.", size=(140, 112)) for i in range(limit)]
         return [Document(question, "abc") for question in questions]
 

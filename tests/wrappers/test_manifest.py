@@ -56,12 +56,9 @@ def test_importing_the_manifest_imports_nothing_heavy() -> None:
 
 
 def test_no_task_has_prompts_for_the_stock_names_only() -> None:
-    """Prompts are picked by the literal --model name; ours get `default`, and so do the stock models of our families."""
+    """Prompts are picked by the literal --model name: ours get `default`, as the stock models of our families do."""
     keyed = re.compile(r"^\s+(qwen2_vl|llava_hf):\s*$", re.MULTILINE)
-    files = [
-        path
-        for path in Path(lmms_eval.tasks.__file__).parent.rglob("*")
-        if path.suffix == ".yaml" or "_yaml" in path.name
-    ]
+    root = Path(lmms_eval.tasks.__file__).parent
+    files = [*root.rglob("*.yaml"), *root.rglob("*_yaml")]
     assert len(files) > 500
     assert [path.name for path in files if keyed.search(path.read_text(errors="ignore"))] == []
