@@ -53,6 +53,14 @@ class Layout:
     def length(self) -> int:
         return self.prefix + sum(count * size for count, size, _ in self.groups)
 
+    def slots(self) -> list[slice]:
+        """Place of every question, in order."""
+        out, at = [], self.prefix
+        for count, size, _ in self.groups:
+            out += [slice(at + i * size, at + (i + 1) * size) for i in range(count)]
+            at += count * size
+        return out
+
 
 def frame(family: str) -> tuple[str, str, str, str]:
     """Chat text before the image, between image and question, between question and answer, after the answer."""
@@ -140,12 +148,10 @@ def collate(items: list[Packed]) -> tuple[dict[str, np.ndarray], Layout]:
     names = [t.group for t in items[0].turns]
     if any([t.group for t in p.turns] != names for p in items):
         raise ValueError("all examples of a batch need the same groups of questions in the same order")
-    groups, starts, at = [], [], prefix
+    groups = []
     for name in dict.fromkeys(names):
         size = _round(max(len(t.ids) for p in items for t in p.turns if t.group == name))
         groups.append((names.count(name), size, name != "text"))
-        starts += [at + i * size for i in range(names.count(name))]
-        at += names.count(name) * size
     layout = Layout(prefix, tuple(groups))
     shape = (len(items), layout.length)
     batch = {"image": np.zeros(shape, bool), "index": np.zeros(shape, np.int64)}
@@ -156,8 +162,8 @@ def collate(items: list[Packed]) -> tuple[dict[str, np.ndarray], Layout]:
         batch["valid"][row, :size] = True
         batch["image"][row, :size], batch["index"][row, :size] = item.image, item.index
         batch["positions"][:, row, :size] = item.positions
-        for start, turn in zip(starts, item.turns, strict=True):
-            place = slice(start, start + len(turn.ids))
+        for slot, turn in zip(layout.slots(), item.turns, strict=True):
+            place = slice(slot.start, slot.start + len(turn.ids))
             batch["index"][row, place], batch["labels"][row, place] = turn.ids, turn.labels
             batch["positions"][:, row, place] = turn.start + np.arange(len(turn.ids))
     return batch, layout

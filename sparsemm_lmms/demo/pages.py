@@ -1,7 +1,6 @@
 """Pages of monospaced text as grids of symbols: what the demo images show, before any pixel.
 
-A page is a grid of cells, one symbol a cell. Lines stand three rows apart, so that most cells are blank; a whole
-transcription stays below about 140 characters.
+A page is a grid of cells, one symbol a cell. Lines stand three rows apart, so that most cells are blank.
 """
 
 from dataclasses import dataclass, field
@@ -13,12 +12,13 @@ DIGITS = "0123456789"
 SIGNS = ":-/#+."
 SYMBOLS = " " + LETTERS + DIGITS + SIGNS  # index 0 is the blank cell
 CODE = np.array(list(LETTERS + DIGITS))
-GRIDS = ((24, 24), (16, 24), (24, 16), (20, 24))  # rows, columns; the longer side is constant
+GRIDS = ((24, 24), (20, 24), (16, 24))  # rows, columns; constant columns: both position schemes learn them faster
 FORMS = ("page", "form", "table")
 KEYS = (
     "NAME DATE CODE ROOM GATE SEAT ITEM UNIT TYPE SIZE AREA CITY DOOR FLAT HOUR LINE PLAN TEAM PORT ZONE".split()
 )
-PITCH, TOP, LEFT, WIDTH = 3, 1, 2, 11  # rows between lines, first row, first column, characters a line
+PITCH, TOP, LEFT, WIDTH = 3, 1, 2, 13  # rows between lines, first row, first column, characters a line
+LINES = (3, 5)  # fewest and most lines
 
 
 @dataclass
@@ -73,9 +73,10 @@ def _words(rng: np.random.Generator) -> list[str]:
 
 
 def sample_page(rng: np.random.Generator, form: str, rows: int, cols: int) -> Page:
-    """A random page of one of FORMS on a grid of one of GRIDS, with 3 lines up to as many as fit."""
-    slots = (rows - TOP) // PITCH
-    count = int(rng.integers(3, slots + 1))
+    """A random page of one of FORMS on a grid of one of GRIDS."""
+    if rows < TOP + PITCH * (LINES[1] - 1) + 1 or cols < LEFT + WIDTH:
+        raise ValueError(f"a grid of {rows} x {cols} cells is too small for {LINES[1]} lines of {WIDTH} characters")
+    count = int(rng.integers(LINES[0], LINES[1] + 1))
     keys: dict[str, str] = {}
     words: list[tuple[str, int, int]] = []
     names = rng.choice(KEYS, count, replace=False)
@@ -84,7 +85,7 @@ def sample_page(rng: np.random.Generator, form: str, rows: int, cols: int) -> Pa
         if form == "page":
             texts = _words(rng)
         elif form == "form":
-            texts = [f"{names[i]}:", _code(rng, WIDTH - 6)]
+            texts = [f"{names[i]}:", _code(rng, WIDTH - len(names[i]) - 2)]
             keys[str(names[i])] = texts[1]
         elif form == "table":
             texts = [_code(rng, 1) for _ in range((WIDTH + 1) // 2)]

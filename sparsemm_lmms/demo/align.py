@@ -1,0 +1,73 @@
+"""First stage of the training: the vision tower learns to write each symbol's embedding into its image token.
+
+From scratch the joint model sits at chance for long; aligned patches make a page read like text.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .architecture import TILE
+from .packing import NEWLINE, OVERVIEW, image_items
+from .pages import SYMBOLS
+from .render import render
+
+BLANKS = 0.4  # share of blank cells on the pages of random symbols
+
+
+def symbol_embeddings(model: nn.Module, tokenizer) -> Tensor:
+    """Embedding [symbols, D] of every page symbol."""
+    return model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(SYMBOLS))]
+
+
+def symbolic_features(model: nn.Module, tokenizer, family: str, cells: list[np.ndarray]) -> Tensor:
+    """What a perfect vision tower would give: [B, N, D], right-padded; overview tokens are those of blanks."""
+    table = symbol_embeddings(model, tokenizer)
+    rows = []
+    for grid in cells:
+        items = image_items(family, *grid.shape)
+        known = torch.from_numpy(np.where(items >= 0, grid.ravel()[np.maximum(items, 0)], 0))
+        features = table[known.to(table.device)]
+        if family == "llava_next":
+            kind = torch.from_numpy(items).to(table.device)[:, None]
+            features = torch.where(kind == NEWLINE, model.model.image_newline, features)
+            features = torch.where(kind == OVERVIEW, torch.zeros_like(features), features)
+        rows.append(features)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def random_tiles(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Grey tiles, uint8 [count, 112, 112], and their symbols [count, 8, 8]; each has its own font and contrast."""
+    cells = rng.integers(0, len(SYMBOLS), (count, TILE, TILE))
+    cells[rng.random(cells.shape) < BLANKS] = 0
+    return np.stack([render(rng, grid) for grid in cells]), cells
+
+
+def tile_features(model: nn.Module, tiles: np.ndarray) -> Tensor:
+    """Image features [count, 64, D] of grey tiles as the model's tower gives them for one tile each."""
+    device = model.get_input_embeddings().weight.device
+    pixels = (torch.from_numpy(tiles).to(device).float() / 255 - 0.5) / 0.5
+    count, side, _ = tiles.shape
+    if model.config.model_type == "llava_next":
+        out = model.model.vision_tower(pixels[:, None].expand(-1, 3, -1, -1), output_hidden_states=True)
+        return model.model.multi_modal_projector(out.hidden_states[model.config.vision_feature_layer][:, 1:])
+    config = model.config.vision_config
+    patch, merge = config.patch_size, config.spatial_merge_size
+    cells = side // (patch * merge)
+    patches = pixels.view(count, cells, merge, patch, cells, merge, patch).permute(0, 1, 4, 2, 5, 3, 6)
+    patches = patches.reshape(count * (side // patch) ** 2, 1, patch * patch)
+    patches = patches.expand(-1, config.in_channels * config.temporal_patch_size, -1).flatten(1)
+    grids = torch.tensor([[1, side // patch, side // patch]] * count, device=device)
+    return model.model.visual(patches, grid_thw=grids).pooler_output.view(count, cells * cells, -1)
+
+
+def align_loss(model: nn.Module, tokenizer, tiles: np.ndarray, cells: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Loss (which symbol is nearest, and how near) and the share of printed symbols that are recognised."""
+    table = symbol_embeddings(model, tokenizer).detach()
+    features = tile_features(model, tiles).flatten(0, 1)
+    wanted = torch.from_numpy(cells.ravel()).to(features.device)
+    scale = table.pow(2).sum(-1).mean()
+    distance = (features[:, None] - table[None]).pow(2).sum(-1) / scale  # [N, symbols]
+    loss = nn.functional.cross_entropy(-8 * distance, wanted) + distance.gather(1, wanted[:, None]).mean()
+    printed = wanted > 0
+    return loss, (distance.argmin(-1) == wanted)[printed].float().mean()

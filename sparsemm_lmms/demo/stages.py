@@ -1,0 +1,87 @@
+"""The three stages of the training: text model on perfect symbols, vision tower on symbols, both together."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .align import align_loss, random_tiles, symbolic_features
+from .data import stream
+from .forward import embed, image_features, logits
+from .packing import Packed, Packer, collate
+from .pages import FORMS, GRIDS, Page, sample_page
+from .questions import KINDS_OF_FORM, TEXT_KINDS, ask, text_exercise
+from .render import render
+
+SHORT = 3  # questions of each short kind about one page
+
+
+@dataclass
+class Scores:
+    """Running share of right next tokens per question kind."""
+
+    hits: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+
+    def add(self, name: str, right: int, total: int) -> None:
+        self.hits[name][0] += right
+        self.hits[name][1] += total
+
+    def __str__(self) -> str:
+        return " ".join(f"{k}={a / max(1, b):.3f}" for k, (a, b) in sorted(self.hits.items()))
+
+
+def example(packer: Packer, rng: np.random.Generator, share: float) -> tuple[Page, Packed, list[str]]:
+    """A page with a transcription, short questions and a text-only exercise; the kinds in the order of the turns."""
+    form = FORMS[int(rng.integers(len(FORMS)))]
+    page = sample_page(rng, form, *GRIDS[int(rng.integers(len(GRIDS)))])
+    own = KINDS_OF_FORM[form][-1]
+    questions = {"long": ask(rng, page, "all", 1), "short": ask(rng, page, "line", SHORT) + ask(rng, page, own, SHORT)}
+    exercise = TEXT_KINDS[int(rng.integers(len(TEXT_KINDS)))]
+    packed = packer.pack(page, questions, [text_exercise(rng, exercise)], rng, share)
+    return page, packed, ["all"] + ["line"] * SHORT + [own] * SHORT + ["text"]
+
+
+def _tensors(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
+
+
+def reading_loss(
+    model: torch.nn.Module, processor, packer: Packer, rngs: list[np.random.Generator], share: float, pixels: bool,
+    tune_vision: bool, scores: Scores,
+) -> Tensor:
+    """Mean cross-entropy of a batch of packed pages, one per generator; `pixels`: rendered, else perfect symbols."""  # fmt: skip
+    made = [example(packer, rng, share) for rng in rngs]
+    device = model.get_input_embeddings().weight.device
+    if pixels:
+        images = [np.repeat(render(rng, page.cells)[..., None], 3, -1) for rng, (page, _, _) in zip(rngs, made, strict=True)]  # noqa: E501
+        inputs = processor.image_processor(images=images, return_tensors="pt").to(device)
+        with torch.set_grad_enabled(tune_vision):
+            features = image_features(model, inputs)
+    else:
+        features = symbolic_features(model, processor.tokenizer, packer.family, [page.cells for page, _, _ in made])
+        noise = 0.1 * features.detach().pow(2).mean().sqrt()
+        features = features + noise * torch.randn_like(features)
+    arrays, layout = collate([packed for _, packed, _ in made])
+    batch = _tensors(arrays, device)
+    out, labels = logits(model, batch, layout, embed(model, batch, features))
+    right = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    right[batch["labels"] >= 0] = out.detach().argmax(-1) == labels
+    for row, (_, _, names) in enumerate(made):
+        for name, place in zip(names, layout.slots(), strict=True):
+            known = batch["labels"][row, place] >= 0
+            scores.add(name, int(right[row, place].sum()), int(known.sum()))
+    return torch.nn.functional.cross_entropy(out, labels)
+
+
+def vision_loss(model: torch.nn.Module, processor, rng: np.random.Generator, tiles: int, scores: Scores) -> Tensor:
+    """Alignment loss of a batch of random tiles."""
+    loss, right = align_loss(model, processor.tokenizer, *random_tiles(rng, tiles))
+    scores.add("symbols", int(1000 * float(right)), 1000)
+    return loss
+
+
+def generators(seed: int, step: int, count: int) -> list[np.random.Generator]:
+    """The training streams of one step."""
+    return [stream(seed, "train", step * count + i) for i in range(count)]
