@@ -104,7 +104,6 @@ def _statistics_kernel(
 def _mean_kernel(
     query,
     key,
-    pad,
     partial,
     mean,
     query_stride_b,
@@ -128,7 +127,8 @@ def _mean_kernel(
 ):
     """Column means of one tile of keys over all rows of its query heads -> mean `[batch * kv_heads, n - window]`.
 
-    The tile is read once for all heads; the probabilities live in registers only.
+    The tile is read once for all heads; the probabilities live in registers only. All columns are before the window,
+    so no causal mask is needed; those of the padding come out wrong, and `_pool_kernel` does not read them.
     """
     length = n - window
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -141,7 +141,6 @@ def _mean_kernel(
         (column < length)[None, :] & (d < head_dim)[:, None],
         other=0.0,
     )
-    seen = (column >= tl.load(pad + b)) & (column < length)  # before the window, so the causal mask is moot
     result = tl.zeros([BLOCK_N], tl.float32)
     for g in range(0, group):
         head = h * group + g
@@ -170,7 +169,7 @@ def _mean_kernel(
             )
             logits = tl.dot(q, k, input_precision="ieee") * scaling
             column_sum += tl.sum(tl.exp(logits - lse[:, None]), 0)
-        column_sum = tl.where(seen, column_sum / window, 0.0)
+        column_sum = column_sum / window
         result = tl.where(use_max != 0, tl.maximum(result, column_sum), result + column_sum / group)
     out = mean + tl.program_id(1).to(tl.int64) * length + column
     tl.store(out, result, mask=column < length)
@@ -319,7 +318,6 @@ def _window_score_triton(
         _mean_kernel[(triton.cdiv(length, block_n), batch * kv_heads)](
             query,
             key,
-            pad,
             partial,
             mean,
             *strides,
@@ -368,8 +366,7 @@ def window_score_torch(
     if pad is None:
         return _pool_torch(score, kernel_size, pooling)
     padding = column[:length] < pad[:, None, None]
-    if pooling == "maxpool":
-        score = score.masked_fill(padding, float("-inf"))
+    # Padding has probability 0: for maxpool as good as the -inf of the edge, since no probability is smaller.
     return _pool_torch(score, kernel_size, pooling).masked_fill_(padding, float("-inf"))
 
 

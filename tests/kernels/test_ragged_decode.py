@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,6 +66,14 @@ def test_interpreter(case, max_length, interpreter):
         check(**case, store=store, backend="triton")
     else:
         check(**case, max_length=max_length, backend="triton")
+
+
+def test_more_parts_than_one_merge_block_interpreter(interpreter, monkeypatch):
+    """40 programs share one item, so its merge takes three blocks of 16 parts, the largest logit in the last."""
+    monkeypatch.setattr(sys.modules[ragged_decode.__module__], "multiprocessors", lambda device: 20)
+    store = naive.make_store([[2600, 3]], 16)
+    store.keys[store.rows(0, 0)[-1]] *= 10
+    check([[2600, 3]], 2, 1, 16, store=store, backend="triton")
 
 
 @settings(max_examples=15, deadline=None)
