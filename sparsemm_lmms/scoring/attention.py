@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class Watcher:
     argmax: dict[int, torch.Tensor] = field(default_factory=dict)
     mass: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def _members(self) -> torch.Tensor:
+        """``words`` as float32 ``[batch, 1, prompt, words]``, made once: a cast a layer and step would cost more."""
+        return self.words.transpose(1, 2).unsqueeze(1).float().contiguous()
+
     def clear(self) -> None:
         self.argmax.clear()
         self.mass.clear()
@@ -58,6 +64,10 @@ class Watcher:
         batch, q_heads, q_length, _ = query.shape
         rows, k_length = min(self.rows, q_length), key.shape[2]
         key = key.float()  # bf16 products tie within 8 bits, and the argmax of a tie is noise
+        if rows == 1:  # a decoding step
+            weights = step_weights(query, key, mask, scaling)
+            self.argmax[layer], self.mass[layer] = weights.argmax(dim=-1), self._mass(weights, 0)
+            return
         size = max(1, CHUNK_ELEMENTS // (batch * q_heads * k_length))
         argmax, mass = [], []
         for start in range(q_length - rows, q_length, size):
@@ -72,7 +82,7 @@ class Watcher:
         prompt = min(self.words.shape[-1], weights.shape[-1])
         weights, words = weights[..., :prompt], self.words[..., :prompt]
         if self.targets is None:
-            return weights @ words.transpose(1, 2).unsqueeze(1).to(weights.dtype)
+            return weights @ self._members[..., :prompt, :]
         chosen = self.targets[:, first : first + weights.shape[2]]
         index = chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, prompt)
         return weights.masked_fill_(~words.gather(1, index).unsqueeze(1), 0.0).sum(dim=-1)
@@ -93,6 +103,14 @@ def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, 
         else:
             logits = logits + mask.float()
     return logits.softmax(dim=-1)
+
+
+def step_weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention weights of the last query only, float32 ``[batch, q_heads, 1, keys]``."""
+    length = query.shape[2]
+    return _weights(query[:, :, -1:], key.float(), _mask_rows(mask, length - 1, length, length, key), scaling)
 
 
 def _mask_rows(

@@ -1,4 +1,4 @@
-"""`sparsemm-lmms chase`, `heads` and `budgets`."""
+"""`sparsemm-lmms chase`, `heads`, `budgets` and `show`."""
 
 from __future__ import annotations
 
@@ -66,19 +66,11 @@ def chase(
 ) -> None:
     """Score every head of a model by how often it looks at the word being written. A killed run goes on."""
     from sparsemm_lmms.scoring.chase import ChaseSettings, score_heads
-    from sparsemm_lmms.scoring.resolve import load_model
 
     settings = ChaseSettings(mode.value, views.value, token_text, batch_size, max_new_tokens, per_token)  # type: ignore[arg-type]
     data = data or ("demo" if pretrained == "demo" else "generated")
     source = calibration_source(data, images, readings.value, prompt, seed)
-    path = pretrained
-    if pretrained == "demo":
-        from sparsemm_lmms.demo import model_path
-
-        path = str(model_path(model.value))
-    loaded, processor = load_model(path, revision, device or None)
-    if loaded.config.model_type != model.value:
-        raise ValueError(f"{pretrained} is a {loaded.config.model_type} model, not {model.value}; set --model to it.")
+    _, loaded, processor = _load(model, pretrained, revision, device)
     name = f"demo/{model.value}" if pretrained == "demo" else pretrained
     scores = score_heads(
         loaded, processor, source, output, settings,
@@ -140,6 +132,57 @@ def budgets(
 
         title = f"{file.name}, budget {budget}" + (f", prompt of {prompt_length}" if prompt_length else "")
         print(f"Drawn: {plot_budgets(table, nominal, plot, title, min(window_size, prompt_length or window_size))}")
+
+
+@app.command()
+def show(
+    image: Annotated[Path, typer.Option(help="Picture to ask about.")],
+    question: Annotated[str, typer.Option(help="Question about it.")],
+    plot: Annotated[Path, typer.Option(help="Picture to draw (.png or .svg).")],
+    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = ModelFamily.llava_next,
+    pretrained: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    head_scores: Annotated[str, typer.Option(help="auto, a score file, random, ...")] = "auto",
+    heads: Annotated[int, typer.Option(min=1, help="So many visual heads, and so many others.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Answer tokens to draw.")] = 6,
+    method: Annotated[str, typer.Option(help="Method of the retention map.")] = "sparsemm",
+    budget: Annotated[int, typer.Option(min=1, help="Budget of the retention map.")] = 64,
+    window_size: Annotated[int, typer.Option(min=1)] = 32,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu; default CUDA before CPU.")] = "",
+) -> None:
+    """Draw where visual heads and others look while the model answers, and what the cache keeps of the image."""
+    from sparsemm_lmms.config import CompressionConfig
+    from sparsemm_lmms.scoring.plots import plot_view
+    from sparsemm_lmms.scoring.resolve import resolve_head_scores
+    from sparsemm_lmms.scoring.show import view_heads
+    from sparsemm_lmms.scoring.sources import open_image
+
+    compression = CompressionConfig(method=method, budget=budget, window_size=window_size)
+    picture = open_image(image)
+    path, loaded, processor = _load(model, pretrained, revision, device)
+    scores = resolve_head_scores(head_scores, loaded.config, path, revision, model=loaded, processor=processor)
+    view = view_heads(
+        loaded, processor, picture, question, scores, count=heads, max_tokens=tokens, compression=compression
+    )
+    print(f"Answer: {''.join(view.tokens)}")
+    title = f"{question}  ({method}, budget {budget})"
+    print(f"Drawn: {plot_view(view, plot, title)}")
+
+
+def _load(family: ModelFamily, pretrained: str, revision: str, device: str) -> tuple[str, Any, Any]:
+    """(path, model, processor) of ``--pretrained``, checked to be of ``--model``'s family."""
+    from sparsemm_lmms.scoring.resolve import load_model
+
+    path = pretrained
+    if pretrained == "demo":
+        from sparsemm_lmms.demo import model_path
+
+        path = str(model_path(family.value))
+    loaded, processor = load_model(path, revision, device or None)
+    found = loaded.config.model_type
+    if found != family.value:
+        raise ValueError(f"{pretrained} is a {found} model, not {family.value}; set --model to it.")
+    return path, loaded, processor
 
 
 def calibration_source(data: str, images: int, readings: str = "transcribe", prompt: str = "", seed: int = 0) -> Any:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from sparsemm_lmms.scoring.show import HeadView
+
 BLUE, ORANGE, GREY = "#2a6fbb", "#e0762f", "#8a8a8a"
 SUFFIXES = (".png", ".svg")
 
@@ -89,11 +91,47 @@ def plot_budgets(
     return _save(figure, path)
 
 
-def _figure(width: float) -> Figure:
+def plot_view(view: HeadView, path: str | os.PathLike[str], title: str = "") -> Path:
+    """A row a head (visual heads first), a column an answer token: attention over the image, darkest where none.
+
+    A last column shows what is left of the image after compression, if that was asked for. Each panel is scaled to its
+    own maximum and names the attention mass on the high-resolution image tokens.
+    """
+    from sparsemm_lmms.scoring.show import paint
+
+    columns = len(view.tokens) + (view.kept is not None)
+    side = 1.9 * view.image.height / view.image.width
+    figure = _figure(1.0 + 1.9 * columns, 0.8 + (side + 0.35) * len(view.heads))
+    axes = figure.subplots(len(view.heads), columns, squeeze=False)
+    grey = np.asarray(view.image.convert("L")) / 255
+    for row, (layer, head) in enumerate(view.heads):
+        kind = "visual" if row < view.visual else "other"
+        axes[row, 0].set_ylabel(f"{kind}\nlayer {layer}, head {head}", fontsize=8)
+        for column in range(columns):
+            axis = axes[row, column]
+            axis.set(xticks=[], yticks=[])
+            axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
+            if column == len(view.tokens):
+                assert view.kept is not None
+                held = view.kept[row]
+                light = paint(view.grid, held.astype(float), *view.image.size)
+                axis.imshow(np.zeros_like(grey), cmap="gray", vmin=0, vmax=1, alpha=0.8 * (1 - light))
+                axis.set_title(f"keeps {held.sum()} of {held.size}", fontsize=8)
+                continue
+            weights = view.attention[row, column]
+            light = paint(view.grid, weights, *view.image.size)
+            alpha = 0.85 * np.sqrt(light / light.max()) if light.any() else light
+            axis.imshow(light, cmap="inferno", vmin=0, vmax=max(light.max(), 1e-9), alpha=alpha)
+            axis.set_title(f"{view.tokens[column]!r} {weights[view.grid.view == 1].sum():.0%}", fontsize=8)
+    figure.suptitle(title or "attention at each answer token; mass on the image", fontsize=10)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float = 4.6) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 4.6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

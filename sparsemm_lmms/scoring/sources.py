@@ -98,6 +98,16 @@ class SynthDogPages:
         return rows.cast_column("image", datasets.Image(decode=False))
 
 
+def open_image(path: Path) -> Image.Image:
+    """One picture as RGB, or a sentence on why not."""
+    if not path.is_file():
+        raise FileNotFoundError(f"Image {path} does not exist.")
+    image = _open(path, str(path))
+    if isinstance(image, Skipped):
+        raise ValueError(f"{path} {image.reason}")
+    return image
+
+
 def _open(source: Any, name: str) -> Image.Image | Skipped:
     try:
         with Image.open(source) as image:

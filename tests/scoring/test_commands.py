@@ -77,8 +77,8 @@ def figures(monkeypatch):
     seen = []
     stock = plots._figure
 
-    def keep(width):
-        seen.append(stock(width))
+    def keep(*size):
+        seen.append(stock(*size))
         return seen[-1]
 
     monkeypatch.setattr(plots, "_figure", keep)
