@@ -57,10 +57,8 @@ def evaluate(path: str | Path, limit: int, batch: int = 8, seed: int = 0, device
                     "exact": sum(w == g for w, g in pairs) / limit,
                 }
             )
-            print(
-                "{kind:8s} {grid:6s} {images:4d} images  characters {characters:.4f}  exact {exact:.3f}".format(**rows[-1]),
-                flush=True,
-            )
+            line = "{kind:8s} {grid:6s} {images:4d} images  characters {characters:.4f}  exact {exact:.3f}"
+            print(line.format(**rows[-1]), flush=True)
     return rows
 
 

@@ -14,9 +14,8 @@ SYMBOLS = " " + LETTERS + DIGITS + SIGNS  # index 0 is the blank cell
 CODE = np.array(list(LETTERS + DIGITS))
 GRIDS = ((24, 24), (20, 24), (16, 24))  # rows, columns; constant columns: both position schemes learn them faster
 FORMS = ("page", "form", "table")
-KEYS = (
-    "NAME DATE CODE ROOM GATE SEAT ITEM UNIT TYPE SIZE AREA CITY DOOR FLAT HOUR LINE PLAN TEAM PORT ZONE".split()
-)
+# No two keys begin with the same letter, so that one match of a letter finds the line.
+KEYS = "AREA BOOK CODE DATE EXIT FLAT GATE HOUR ITEM KIND LINE MARK NAME PLAN ROOM SEAT TYPE UNIT WARD ZONE".split()
 PITCH, TOP, LEFT, WIDTH = 3, 1, 2, 13  # rows between lines, first row, first column, characters a line
 LINES = (3, 5)  # fewest and most lines
 

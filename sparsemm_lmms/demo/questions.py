@@ -8,10 +8,10 @@ TEMPLATES = {
     "all": ("Provide all the OCR results of this image.", "Transcribe the whole image."),
     "line": ("What is written in line {0}?", "Read line {0} of the image."),
     "column": ("What is written in column {0}?", "Read column {0} of the table."),
-    "value": ("What is the value of {0}?", "Which value belongs to {0}?"),
+    "key": ("Read the line of {0}.", "Which line belongs to {0}?"),
 }
 KINDS = tuple(TEMPLATES)
-KINDS_OF_FORM = {"page": ("all", "line"), "form": ("all", "line", "value"), "table": ("all", "line", "column")}
+KINDS_OF_FORM = {"page": ("all", "line"), "form": ("all", "line", "key"), "table": ("all", "line", "column")}
 TEXT_KINDS = ("copy", "lookup", "sum", "reverse")
 TEXT_TEMPLATES = {
     "copy": "Copy this text: {0}",
@@ -29,8 +29,8 @@ def answers(page: Page, kind: str) -> list[tuple[str, str]]:
         return [(str(i + 1), line) for i, line in enumerate(page.lines)]
     if kind == "column":
         return [(str(i + 1), column) for i, column in enumerate(page.columns)]
-    if kind == "value":
-        return list(page.keys.items())
+    if kind == "key":
+        return [(key, f"{key}: {value}") for key, value in page.keys.items()]
     raise ValueError(f"unknown question kind {kind!r}; known: {', '.join(KINDS)}")
 
 

@@ -1,4 +1,4 @@
-"""The three stages of the training: text model on perfect symbols, vision tower on symbols, both together."""
+"""What one step of each training stage does: text model on perfect symbols, vision tower, both together."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -15,7 +15,19 @@ from .pages import FORMS, GRIDS, Page, sample_page
 from .questions import KINDS_OF_FORM, TEXT_KINDS, ask, text_exercise
 from .render import render
 
-SHORT = 3  # questions of each short kind about one page
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a page is asked: the shares of FORMS, questions that name a line, and questions of the form's own kind."""
+
+    forms: tuple[float, float, float]
+    lines: int
+    own: int
+
+
+EVEN = Mixture((1 / 3, 1 / 3, 1 / 3), 3, 3)
+# Keys and columns are learned last: once lines are read, most questions are about them.
+FOCUS = Mixture((0.15, 0.5, 0.35), 1, 6)
 
 
 @dataclass
@@ -32,15 +44,18 @@ class Scores:
         return " ".join(f"{k}={a / max(1, b):.3f}" for k, (a, b) in sorted(self.hits.items()))
 
 
-def example(packer: Packer, rng: np.random.Generator, share: float) -> tuple[Page, Packed, list[str]]:
+def example(
+    packer: Packer, rng: np.random.Generator, share: float, mixture: Mixture
+) -> tuple[Page, Packed, list[str]]:
     """A page with a transcription, short questions and a text-only exercise; the kinds in the order of the turns."""
-    form = FORMS[int(rng.integers(len(FORMS)))]
+    form = str(rng.choice(FORMS, p=mixture.forms))
     page = sample_page(rng, form, *GRIDS[int(rng.integers(len(GRIDS)))])
     own = KINDS_OF_FORM[form][-1]
-    questions = {"long": ask(rng, page, "all", 1), "short": ask(rng, page, "line", SHORT) + ask(rng, page, own, SHORT)}
+    short = ask(rng, page, "line", mixture.lines) + ask(rng, page, own, mixture.own)
+    questions = {"long": ask(rng, page, "all", 1), "short": short}
     exercise = TEXT_KINDS[int(rng.integers(len(TEXT_KINDS)))]
     packed = packer.pack(page, questions, [text_exercise(rng, exercise)], rng, share)
-    return page, packed, ["all"] + ["line"] * SHORT + [own] * SHORT + ["text"]
+    return page, packed, ["all"] + ["line"] * mixture.lines + [own] * mixture.own + ["text"]
 
 
 def _tensors(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -48,14 +63,15 @@ def _tensors(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, Te
 
 
 def reading_loss(
-    model: torch.nn.Module, processor, packer: Packer, rngs: list[np.random.Generator], share: float, pixels: bool,
-    tune_vision: bool, scores: Scores,
+    model: torch.nn.Module, processor, packer: Packer, rngs: list[np.random.Generator], share: float,
+    mixture: Mixture, pixels: bool, tune_vision: bool, scores: Scores,
 ) -> Tensor:
-    """Mean cross-entropy of a batch of packed pages, one per generator; `pixels`: rendered, else perfect symbols."""  # fmt: skip
-    made = [example(packer, rng, share) for rng in rngs]
+    """Mean cross-entropy of a batch of packed pages, one per generator; `pixels`: rendered, else perfect symbols."""
+    made = [example(packer, rng, share, mixture) for rng in rngs]
     device = model.get_input_embeddings().weight.device
     if pixels:
-        images = [np.repeat(render(rng, page.cells)[..., None], 3, -1) for rng, (page, _, _) in zip(rngs, made, strict=True)]  # noqa: E501
+        grey = [render(rng, page.cells) for rng, (page, _, _) in zip(rngs, made, strict=True)]
+        images = [np.repeat(image[..., None], 3, -1) for image in grey]
         inputs = processor.image_processor(images=images, return_tensors="pt").to(device)
         with torch.set_grad_enabled(tune_vision):
             features = image_features(model, inputs)

@@ -1,0 +1,75 @@
+"""Packed training batches give the logits of the real model on the real processor's output."""
+
+import pytest
+import torch
+
+from sparsemm_lmms.demo import FAMILIES
+from sparsemm_lmms.demo.architecture import build_model, build_processor
+from sparsemm_lmms.demo.data import sample
+from sparsemm_lmms.demo.forward import ATTENTION, embed, image_features, logits
+from sparsemm_lmms.demo.packing import Packer, collate, frame
+from sparsemm_lmms.demo.pages import GRIDS
+from sparsemm_lmms.demo.questions import KINDS
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def setup(request):
+    torch.set_num_threads(1)
+    processor = build_processor(request.param)
+    packer = Packer(request.param, lambda text: processor.tokenizer(text, add_special_tokens=False).input_ids)
+    return request.param, build_model(request.param).eval(), processor, packer
+
+
+def real_logits(family, model, processor, message, answer):
+    """Logits and labels of the answer from the plain model on one prompt."""
+    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    images = {"images": [message["image"]]} if "image" in message else {}
+    inputs = processor(text=[text + answer + frame(family)[3]], return_tensors="pt", **images)
+    count = len(processor.tokenizer(answer).input_ids) + 1
+    model.set_attn_implementation("sdpa")
+    return model(**inputs).logits[0, -count - 1 : -1], inputs["input_ids"][0, -count:]
+
+
+@torch.inference_mode()
+def test_packing_equals_the_real_forward(setup):
+    family, model, processor, packer = setup
+    samples = [sample(KINDS[i], 7, "heldout", i, grid) for i, grid in enumerate(GRIDS)]
+    exercise = ("Copy this text: AB 7", "AB 7")
+    packed = [packer.pack(s.page, {"short": [(s.question, s.answer)] * 2}, [exercise]) for s in samples]
+    arrays, layout = collate(packed)
+    batch = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    features = [image_features(model, processor.image_processor(images=[s.image], return_tensors="pt")) for s in samples]
+    features = torch.nn.utils.rnn.pad_sequence([f[0] for f in features], batch_first=True)
+    model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
+    got, labels = logits(model, batch, layout, embed(model, batch, features))
+    at = 0
+    for s in samples:
+        content = [{"type": "image"}, {"type": "text", "text": s.question}]
+        message = {"role": "user", "content": content, "image": s.image}
+        want, wanted = real_logits(family, model, processor, message, s.answer)
+        for _ in range(2):  # both copies of the question, which must not see each other
+            torch.testing.assert_close(got[at : at + len(want)], want, rtol=1e-4, atol=1e-5)
+            assert torch.equal(labels[at : at + len(want)], wanted)
+            at += len(want)
+        message = {"role": "user", "content": [{"type": "text", "text": exercise[0]}]}
+        want, wanted = real_logits(family, model, processor, message, exercise[1])
+        torch.testing.assert_close(got[at : at + len(want)], want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(labels[at : at + len(want)], wanted)
+        at += len(want)
+    assert at == len(got)
+
+
+def test_dropping_blanks_moves_nothing(setup):
+    _, _, _, packer = setup
+    import numpy as np
+
+    s = sample("all", 7, "heldout", 1)
+    full = packer.pack(s.page, {"short": [("Hi", "A")]})
+    part = packer.pack(s.page, {"short": [("Hi", "A")]}, (), np.random.default_rng(0), 0.1)
+    places = dict(zip(full.index[full.image].tolist(), full.positions[:, full.image].T.tolist(), strict=True))
+    kept = part.index[part.image].tolist()
+    assert len(kept) < len(places) / 2
+    assert [places[i] for i in kept] == part.positions[:, part.image].T.tolist()
+    assert part.turns[0].start == full.turns[0].start
+    if packer.family == "qwen2_vl":
+        assert set(np.flatnonzero(s.page.cells.ravel())) <= set(kept)
