@@ -94,8 +94,8 @@ def plot_budgets(
 def plot_view(view: HeadView, path: str | os.PathLike[str], title: str = "") -> Path:
     """A row a head (visual heads first), a column an answer token: attention over the image, darkest where none.
 
-    A last column shows what is left of the image after compression, if that was asked for. Each panel is scaled to its
-    own maximum and names the attention mass on the high-resolution image tokens.
+    A last column shows what is left of the image after compression, if that was asked for. All panels share one scale,
+    so that heads that ignore the image stay dark; each names the attention mass on the high-resolution image tokens.
     """
     from sparsemm_lmms.scoring.show import paint
 
@@ -104,6 +104,7 @@ def plot_view(view: HeadView, path: str | os.PathLike[str], title: str = "") -> 
     figure = _figure(1.0 + 1.9 * columns, 0.8 + (side + 0.35) * len(view.heads))
     axes = figure.subplots(len(view.heads), columns, squeeze=False)
     grey = np.asarray(view.image.convert("L")) / 255
+    top = max(float(view.attention[..., view.grid.view == 1].max()), 1e-9)
     for row, (layer, head) in enumerate(view.heads):
         kind = "visual" if row < view.visual else "other"
         axes[row, 0].set_ylabel(f"{kind}\nlayer {layer}, head {head}", fontsize=8)
@@ -120,8 +121,7 @@ def plot_view(view: HeadView, path: str | os.PathLike[str], title: str = "") -> 
                 continue
             weights = view.attention[row, column]
             light = paint(view.grid, weights, *view.image.size)
-            alpha = 0.85 * np.sqrt(light / light.max()) if light.any() else light
-            axis.imshow(light, cmap="inferno", vmin=0, vmax=max(light.max(), 1e-9), alpha=alpha)
+            axis.imshow(light, cmap="inferno", vmin=0, vmax=top, alpha=0.85 * np.sqrt(light / top))
             axis.set_title(f"{view.tokens[column]!r} {weights[view.grid.view == 1].sum():.0%}", fontsize=8)
     figure.suptitle(title or "attention at each answer token; mass on the image", fontsize=10)
     return _save(figure, path)
