@@ -31,7 +31,7 @@ from .backend import (
 
 POOLINGS = ("avgpool", "maxpool")
 GQA_FUNCS = ("mean", "max")
-MAX_SPLITS = 64  # partial statistics a row; read back whole by every program of the second pass
+MAX_SPLITS = 32  # partial statistics a row; every program of the second pass reads them all, on registers
 BLOCK_P = 1024  # positions a program pools
 
 

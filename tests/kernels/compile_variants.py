@@ -39,7 +39,7 @@ def variants() -> list[tuple[str, str, dict[str, int], int, int]]:
             rows, columns = (32, min(tile, 128)) if size == 2 else (16, tile // 2)
             score = dict(BLOCK_D=block_d, BLOCK_W=rows, BLOCK_N=columns)
             found.append(("window_score._statistics_kernel", dtype, score, 4, 3))
-            found.append(("window_score._mean_kernel", dtype, {**score, "MAX_SPLITS": 64}, 4, 3))
+            found.append(("window_score._mean_kernel", dtype, {**score, "MAX_SPLITS": 32}, 4, 3))
             decode = dict(BLOCK_D=block_d, BLOCK_N=tile // 2, ITEMS=256)
             found.append(("ragged_decode._decode_kernel", dtype, {**decode, "BLOCK_M": 16}, 4, 3))
             if size == 2:
