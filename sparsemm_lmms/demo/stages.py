@@ -12,7 +12,7 @@ from .data import stream
 from .forward import embed, image_features, logits
 from .packing import Packed, Packer, collate
 from .pages import FORMS, GRIDS, Page, sample_page
-from .questions import KINDS_OF_FORM, TEXT_KINDS, ask, text_exercise
+from .questions import TEXT_KINDS, TRAINED_KIND, ask, text_exercise
 from .render import render
 
 
@@ -50,7 +50,7 @@ def example(
     """A page with a transcription, short questions and a text-only exercise; the kinds in the order of the turns."""
     form = str(rng.choice(FORMS, p=mixture.forms))
     page = sample_page(rng, form, *GRIDS[int(rng.integers(len(GRIDS)))])
-    own = KINDS_OF_FORM[form][-1]
+    own = TRAINED_KIND[form]
     short = ask(rng, page, "line", mixture.lines) + ask(rng, page, own, mixture.own)
     questions = {"long": ask(rng, page, "all", 1), "short": short}
     exercise = TEXT_KINDS[int(rng.integers(len(TEXT_KINDS)))]

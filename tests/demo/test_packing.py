@@ -1,5 +1,6 @@
 """Packed training batches give the logits of the real model on the real processor's output."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +39,8 @@ def test_packing_equals_the_real_forward(setup):
     packed = [packer.pack(s.page, {"short": [(s.question, s.answer)] * 2}, [exercise]) for s in samples]
     arrays, layout = collate(packed)
     batch = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    features = [image_features(model, processor.image_processor(images=[s.image], return_tensors="pt")) for s in samples]
+    pixels = [processor.image_processor(images=[s.image], return_tensors="pt") for s in samples]
+    features = [image_features(model, p) for p in pixels]
     features = torch.nn.utils.rnn.pad_sequence([f[0] for f in features], batch_first=True)
     model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
     got, labels = logits(model, batch, layout, embed(model, batch, features))
@@ -61,8 +63,6 @@ def test_packing_equals_the_real_forward(setup):
 
 def test_dropping_blanks_moves_nothing(setup):
     _, _, _, packer = setup
-    import numpy as np
-
     s = sample("all", 7, "heldout", 1)
     full = packer.pack(s.page, {"short": [("Hi", "A")]})
     part = packer.pack(s.page, {"short": [("Hi", "A")]}, (), np.random.default_rng(0), 0.1)
