@@ -40,41 +40,29 @@ class DemoPages:
         return {**facts, "alignment": "characters"}
 
 
-def to_calibration(example: Any, name: str = "") -> CalibrationSample:
+def to_calibration(example: Any, name: str = "") -> CalibrationSample | Skipped:
     """A ``demo.data.Sample`` with one span a written character."""
-    boxes = _asked_for(example)
     places = [index for index, character in enumerate(example.answer) if not character.isspace()]
     told = "".join(example.answer[index] for index in places)
-    shown = "".join(character["text"] for character in boxes)
-    if told != shown:
-        raise ValueError(f"{name}: the answer {told!r} is not what stands at the asked place, {shown!r}.")
+    found = [place for place in _places(example) if "".join(character["text"] for character in place) == told]
+    if len(found) != 1:
+        return Skipped(name, f"the answer {told!r} stands at {len(found)} places of the page, so it can't be aligned.")
     spans = tuple(
         Span(index, index + 1, tuple(float(edge) for edge in character["box"]))
-        for index, character in zip(places, boxes, strict=True)
+        for index, character in zip(places, found[0], strict=True)
     )
     words = tuple(Box(word["text"], tuple(float(edge) for edge in word["box"])) for word in example.words)
     return CalibrationSample(example.image, example.question, example.answer, words, spans, name=name)
 
 
-def _asked_for(example: Any) -> list[dict[str, Any]]:
-    """Characters of the page that the answer consists of, in its order."""
-    from sparsemm_lmms.demo.questions import TEMPLATES, answers
-
+def _places(example: Any) -> list[list[dict[str, Any]]]:
+    """What a question of this kind may ask for, as lists of characters: the page, or its columns, or its lines."""
     characters = example.characters
     if example.kind == "all":
-        return characters
-    target = next(
-        target
-        for target, answer in answers(example.page, example.kind)
-        if answer == example.answer
-        and any(template.format(target) == example.question for template in TEMPLATES[example.kind])
-    )
-    words = example.page.words
-    if example.kind == "value":
-        chosen = {words.index(word) + 1 for word in words if word[0] == f"{target}:"}
-    else:
-        axis = {"line": 1, "column": 2}[example.kind]
-        place = sorted({word[axis] for word in words})[int(target) - 1]
-        chosen = {index for index, word in enumerate(words) if word[axis] == place}
-    owner = [index for index, word in enumerate(words) for _ in word[0]]
-    return [character for index, character in zip(owner, characters, strict=True) if index in chosen]
+        return [characters]
+    edge = 0 if example.kind == "column" else 1  # left or top of the word's box
+    starts = [word["box"][edge] for word in example.words for _ in word["text"]]
+    groups: dict[float, list[dict[str, Any]]] = {}
+    for start, character in zip(starts, characters, strict=True):
+        groups.setdefault(start, []).append(character)
+    return [groups[start] for start in sorted(groups)]
