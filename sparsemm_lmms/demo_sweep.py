@@ -41,6 +41,11 @@ ROWS = ("fullkv", "sparsemm", "snapkv", "pyramidkv", "adakv", "local_window", *C
 DRAWN = ("random", "permuted")  # new head scores for every few documents: their rows are means over draws
 BUDGETS = (64, 96, 160, 768)  # about 10, 15 and 25 % of a prompt, and more than all of it
 BATCH, DRAW = 12, 4  # documents generated together; documents that share one draw
+LEGEND = f"""\
+characters  1 - edit distance / length        exact     right to the letter
+kept        tokens per kv head after prefill  KV        used by a document's cache at the end
+ms/token    one decode step of a batch of up to {BATCH} documents, CPU
+random, permuted (means over draws) and layer_mean are SparseMM with other head scores."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,7 @@ def main(family: str, methods: str, budgets: str, limit: int, seed: int, output:
                 progress.advance(bar)
     for name in names:
         console.print(render_table(name, [cell for cell in cells if cell.family == name]))
+    console.print(LEGEND)
     write_json(cells, seed, output.with_suffix(".json"))
     plot(cells, output)
     console.print(f"Plot: {output}   numbers: {output.with_suffix('.json')}   {time.perf_counter() - started:.0f} s")
@@ -184,10 +190,6 @@ def render_table(family: str, cells: list[Cell]) -> Table:
     prompt = fmean(cell.prompt_tokens for cell in cells)
     table = Table(
         title=f"{family} demo model, {cells[0].documents} documents a task, prompts of {prompt:.0f} tokens on average",
-        caption="characters: 1 - edit distance; exact: right to the letter; kept: tokens per kv head after prefill;\n"
-        "KV: used by one document's cache at the end of its answer; ms/token: one decode step of a batch\n"
-        f"of {BATCH} documents, CPU; random, permuted (means over draws) and layer_mean are SparseMM with\n"
-        "other head scores: controls.",
     )
     for header in ("method", "budget", "OCR characters", "OCR exact", "VQA exact", "kept", "KV KiB", "ms/token"):
         table.add_column(header, justify="left" if header == "method" else "right")
