@@ -45,6 +45,8 @@ class RaggedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = False
+    keys: Tensor  # type: ignore[assignment]  # None in the base class until it is filled
+    values: Tensor  # type: ignore[assignment]
 
     def __init__(self, layer_idx: int, method: Method, room: int) -> None:
         super().__init__()
@@ -56,9 +58,9 @@ class RaggedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, keep the settings."""
-        self.keys = self.values = self.start = self.length = self.capacity = self.overflow = None
-        self.index: Tensor | None = None
-        self.kept: np.ndarray | None = None
+        self.keys = self.values = torch.empty(0)
+        self.start = self.length = self.capacity = self.overflow = self.index = torch.empty(0, dtype=torch.int32)
+        self.kept: np.ndarray = np.zeros((0, 0), dtype=np.int64)
         self.prompt_lengths: tuple[int, ...] = ()
         self.columns = self.seen = self.appended = 0
         self.is_initialized = False
@@ -143,7 +145,7 @@ class RaggedLayer(CacheLayerMixin):
 
     @property
     def _batch(self) -> int:
-        return 0 if self.kept is None else self.kept.shape[0]
+        return self.kept.shape[0]
 
     def _allocate(self, counts: np.ndarray, like: Tensor) -> None:
         capacity = counts + self.room
@@ -190,11 +192,14 @@ class RaggedCache(Cache):
             store each time the room doubles.
     """
 
+    layers: list[RaggedLayer]  # type: ignore[assignment]
+
     def __init__(self, method: Method, max_new_tokens: int | None = None) -> None:
         room = DEFAULT_ROOM if max_new_tokens is None else max_new_tokens
         if room < 1:
             raise ValueError(f"max_new_tokens={room} must be at least 1.")
-        super().__init__(layers=[RaggedLayer(i, method, room) for i in range(method.model.num_layers)])
+        layers: list[Any] = [RaggedLayer(i, method, room) for i in range(method.model.num_layers)]
+        super().__init__(layers=layers)
         self.method = method
         self.step: Step | None = None
 
@@ -253,7 +258,7 @@ class RaggedCache(Cache):
     def check_overflow(self) -> None:
         """Raise if any append found its segment full (one host synchronisation; not for the decode loop)."""
         for layer in self.layers:
-            if layer.overflow is not None and int(layer.overflow):
+            if layer.is_initialized and int(layer.overflow):
                 raise RuntimeError(f"Layer {layer.layer_idx} of the KV cache ran out of room for new tokens.")
 
     def _filled(self, layer_idx: int) -> RaggedLayer:
