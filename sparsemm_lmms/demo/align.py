@@ -12,7 +12,7 @@ from .packing import NEWLINE, OVERVIEW, image_items
 from .pages import SYMBOLS
 from .render import render
 
-BLANKS = 0.4  # share of blank cells on the pages of random symbols
+BLANKS = (0.2, 1.0)  # share of blank cells of a tile: pages have full, sparse and empty tiles
 
 
 def symbol_embeddings(model: nn.Module, tokenizer) -> Tensor:
@@ -39,7 +39,7 @@ def symbolic_features(model: nn.Module, tokenizer, family: str, cells: list[np.n
 def random_tiles(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Grey tiles, uint8 [count, 112, 112], and their symbols [count, 8, 8]; each has its own font and contrast."""
     cells = rng.integers(0, len(SYMBOLS), (count, TILE, TILE))
-    cells[rng.random(cells.shape) < BLANKS] = 0
+    cells[rng.random(cells.shape) < rng.uniform(*BLANKS, (count, 1, 1))] = 0
     return np.stack([render(rng, grid) for grid in cells]), cells
 
 
