@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -105,9 +105,7 @@ def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, 
     return logits.softmax(dim=-1)
 
 
-def step_weights(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
+def step_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
     """Attention weights of the last query only, float32 ``[batch, q_heads, 1, keys]``."""
     length = query.shape[2]
     return _weights(query[:, :, -1:], key.float(), _mask_rows(mask, length - 1, length, length, key), scaling)
@@ -139,7 +137,7 @@ def _attention(
     watcher = _ACTIVE.get()
     if watcher is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        watcher.look(module.layer_idx, query, key, attention_mask, scale)
+        watcher.look(cast(int, module.layer_idx), query, key, attention_mask, scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

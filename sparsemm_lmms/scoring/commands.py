@@ -103,7 +103,7 @@ def heads(
     if plot is not None:
         from sparsemm_lmms.scoring.plots import plot_heads
 
-        print(f"Drawn: {plot_heads(tables[0], plot, *tables[1:])}")
+        print(f"Drawn: {plot_heads(tables[0], plot, tables[1] if len(tables) == 2 else None)}")
 
 
 @app.command()

@@ -48,10 +48,9 @@ def to_calibration(example: Any, name: str = "") -> CalibrationSample | Skipped:
     if len(found) != 1:
         return Skipped(name, f"the answer {told!r} stands at {len(found)} places of the page, so it can't be aligned.")
     spans = tuple(
-        Span(index, index + 1, tuple(float(edge) for edge in character["box"]))
-        for index, character in zip(places, found[0], strict=True)
+        Span(index, index + 1, _edges(character["box"])) for index, character in zip(places, found[0], strict=True)
     )
-    words = tuple(Box(word["text"], tuple(float(edge) for edge in word["box"])) for word in example.words)
+    words = tuple(Box(word["text"], _edges(word["box"])) for word in example.words)
     return CalibrationSample(example.image, example.question, example.answer, words, spans, name=name)
 
 
@@ -66,3 +65,8 @@ def _places(example: Any) -> list[list[dict[str, Any]]]:
     for start, character in zip(starts, characters, strict=True):
         groups.setdefault(start, []).append(character)
     return [groups[start] for start in sorted(groups)]
+
+
+def _edges(box: Any) -> tuple[float, float, float, float]:
+    left, top, right, bottom = (float(edge) for edge in box)
+    return left, top, right, bottom

@@ -138,12 +138,13 @@ def _figure(width: float, height: float = 4.6) -> Figure:
 
 def _heat(axis: Axes, table: np.ndarray, top: float, across: str) -> Any:
     from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
 
     norm = PowerNorm(0.5, vmin=0, vmax=top)
     image = axis.imshow(table, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
     axis.set(xlabel=across, ylabel="layer")
     for side in (axis.xaxis, axis.yaxis):
-        side.get_major_locator().set_params(integer=True)
+        side.set_major_locator(MaxNLocator(integer=True))
     return image
 
 

@@ -79,8 +79,11 @@ def font_files() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=256)
-def _font(file: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError("This Pillow was built without FreeType, which drawing calibration pages needs.")
+    return font
 
 
 def render_page(index: int, seed: int = 0) -> Page:
@@ -102,10 +105,14 @@ def render_page(index: int, seed: int = 0) -> Page:
     return Page(image, turned, name=f"generated-{seed}-{index}")
 
 
+def _colour(draw: random.Random) -> tuple[int, int, int]:
+    return draw.randint(0, 255), draw.randint(0, 255), draw.randint(0, 255)
+
+
 def _colours(draw: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Paper and ink whose luminance differs by at least 90 of 255, either way round."""
     while True:
-        paper, ink = (tuple(draw.randint(0, 255) for _ in range(3)) for _ in range(2))
+        paper, ink = (_colour(draw), _colour(draw))
         difference = (p - i for p, i in zip(paper, ink, strict=True))
         if abs(sum(d * weight for d, weight in zip(difference, (0.3, 0.59, 0.11), strict=True))) >= 90:
             return paper, ink
@@ -133,7 +140,7 @@ def _word(draw: random.Random) -> str:
 
 
 def _write(
-    draw: random.Random, canvas: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int, height: int
+    draw: random.Random, canvas: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: int, height: int
 ) -> list[list[Box]]:
     """Fill the columns with lines of words; boxes are what the glyphs really cover."""
     columns = draw.choice([1, 1, 2, 3]) if width >= 600 else draw.choice([1, 1, 2])
@@ -153,12 +160,12 @@ def _write(
                 if x + canvas.textlength(text, font=font) > left + column_width:
                     break
                 canvas.text((x, top), text, fill=255, font=font)
-                line.append(Box(text, tuple(map(float, canvas.textbbox((x, top), text, font=font)))))
+                line.append(Box(text, _edges(canvas, x, top, text, font)))
                 x += canvas.textlength(text, font=font) + space
             lines.append(line)
     if not any(lines):  # a narrow column and long words: at least one short number
         canvas.text((margin, margin), "2026", fill=255, font=font)
-        lines = [[Box("2026", tuple(map(float, canvas.textbbox((margin, margin), "2026", font=font))))]]
+        lines = [[Box("2026", _edges(canvas, margin, margin, "2026", font))]]
     return lines
 
 
@@ -172,3 +179,10 @@ def _turn(
     xs = [x * cos + y * sin + width / 2 for x, y in points]
     ys = [y * cos - x * sin + height / 2 for x, y in points]
     return max(min(xs), 0.0), max(min(ys), 0.0), min(max(xs), float(width)), min(max(ys), float(height))
+
+
+def _edges(
+    canvas: ImageDraw.ImageDraw, x: float, y: float, text: str, font: ImageFont.FreeTypeFont
+) -> tuple[float, float, float, float]:
+    left, top, right, bottom = canvas.textbbox((x, y), text, font=font)
+    return float(left), float(top), float(right), float(bottom)

@@ -104,7 +104,10 @@ def cache_file(
     readable = "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{Path(name).name}-{version}")[:80]
     digest = hashlib.sha256(f"{name}\n{version}".encode()).hexdigest()[:12]
     root = cached_assets_path(
-        library_name="sparsemm_lmms", namespace="head_scores", subfolder=f"{readable}-{digest}", assets_dir=cache_dir
+        library_name="sparsemm_lmms",
+        namespace="head_scores",
+        subfolder=f"{readable}-{digest}",
+        assets_dir=None if cache_dir is None else Path(cache_dir),
     )
     return root / f"{layers}x{heads}.json"
 
@@ -185,7 +188,7 @@ def load_model(pretrained: str, revision: str | None = None, device: str | None 
     place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         processor = AutoProcessor.from_pretrained(pretrained, revision=revision or "main")
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             pretrained, revision=revision or "main", dtype="auto", attn_implementation="sdpa"
         )
     except (OSError, ValueError) as error:

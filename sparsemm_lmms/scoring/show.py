@@ -48,7 +48,8 @@ class _Rows(Watcher):
     """Keeps the last row of the chosen heads, over the prompt, pass by pass."""
 
     def choose(self, heads: Sequence[Head]) -> None:
-        self.heads, self.steps = list(heads), []
+        self.heads = list(heads)
+        self.steps: list[dict[Head, np.ndarray]] = []
 
     def look(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
@@ -97,6 +98,7 @@ def view_heads(
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     options["pad_token_id"] = pad_token(processor.tokenizer)
     with torch.no_grad(), watch(model, _Rows(batch.words)) as rows:
+        assert isinstance(rows, _Rows)
         rows.choose(heads)
         output = model.generate(**batch.inputs, max_new_tokens=max_tokens, **options)
     answer = output[0, batch.prompt :].tolist()
@@ -125,8 +127,10 @@ def _kept(
     shape = model_shape(model)
     with torch.no_grad(), compress(model, compression, scores) as session:
         model.generate(**inputs, max_new_tokens=1, **options)
+        cache = session.cache
+        assert cache is not None  # generate has just filled it
         held = [
-            session.cache.kept_positions(layer)[0][head // (shape.q_heads // shape.kv_heads)].cpu().numpy()
+            cache.kept_positions(layer)[0][head // (shape.q_heads // shape.kv_heads)].cpu().numpy()
             for layer, head in heads
         ]
     return np.array([np.isin(grid.positions, positions) for positions in held])

@@ -1,17 +1,11 @@
-"""On a machine without CUDA the triton kernels run in triton's interpreter.
+"""On a machine without CUDA the triton kernels run in triton's interpreter (see `tests/conftest.py`).
 
-The interpreter is chosen when triton is first imported. If other tests imported it before, the tests that need it skip
-here and `test_interpreter.py` runs them in a process of their own.
+If something imported triton before, the tests that need the interpreter skip here and `test_interpreter.py` runs them
+in a process of their own.
 """
-
-import os
-import sys
 
 import pytest
 import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -37,9 +37,7 @@ def test_heads_are_the_best_and_some_of_the_lower_half():
 def test_attention_and_kept_tokens(family):
     model = tiny.llava_next("mistral") if family == "llava" else tiny.qwen2_vl()
     processor = tiny.llava_processor() if family == "llava" else tiny.qwen_processor()
-    view = view_heads(
-        model, processor, picture(), "Read it", SCORES, count=2, max_tokens=4, compression=COMPRESSION
-    )
+    view = view_heads(model, processor, picture(), "Read it", SCORES, count=2, max_tokens=4, compression=COMPRESSION)
     assert 1 <= len(view.tokens) <= 4 and view.attention.shape == (4, len(view.tokens), len(view.grid.positions))
     sample = CalibrationSample(picture(), "Read it", "")
     text = processor.apply_chat_template(chat_messages(sample), tokenize=False, add_generation_prompt=True)
