@@ -124,20 +124,23 @@ def known_settings(method: str) -> set[str]:
     """Names of the settings of the compression that this method may be given.
 
     Settings that all methods share are accepted even where they have no effect (`budget` for fullkv), so that one
-    line of arguments can run through all methods; `without_effect` names them.
+    line of arguments can run through all methods; `unused_settings` names them.
     """
     foreign = {name for other in METHODS.values() for name in other.arguments} - set(METHODS[method].arguments)
     return {field.name for field in dataclasses.fields(CompressionConfig)} - {"method"} - (foreign - {"seed"})
 
 
-def without_effect(method: str, given: dict[str, Any]) -> list[str]:
-    """Those of the given settings that this method accepts but does not use."""
+def unused_settings(method: str) -> tuple[str, ...]:
+    """Settings that this method accepts but that have no effect on it."""
+    cls = METHODS[method]
     unused: tuple[str, ...] = ()
-    if METHODS[method].scorer != "window":
-        unused = ("kernel_size", "pooling", "gqa_func")
-    if not METHODS[method].compresses:
+    if not cls.compresses:
         unused += ("budget", "window_size", "redistribute")
-    return [name for name in unused if name in given]
+    if cls.scorer != "window":
+        unused += ("kernel_size", "pooling", "gqa_func")
+    if "seed" not in cls.arguments and not cls.needs_head_scores:
+        unused += ("seed",)
+    return unused
 
 
 def _run_options(family: Family, run: dict[str, Any]) -> RunOptions:

@@ -20,7 +20,7 @@ from ..head_scores import HeadScores
 from ..methods import METHODS
 from ..scoring import resolve_head_scores
 from ..session import compress
-from .arguments import Family, split_arguments, without_effect
+from .arguments import Family, known_settings, split_arguments, unused_settings
 from .engine import Conversation, Engine
 from .generation import GenerationSettings
 from .loading import Checkpoint, checkpoint_path, load_checkpoint, read_config, resolve_device
@@ -105,12 +105,9 @@ class CompressedChatModel(lmms):
         scores = None
         if self.head_scores is not None:
             scores = {"source": self.options.head_scores, "sha256": self.head_scores.content_hash}
-        return {
-            "model": f"{self.family.name}_{self.method}",
-            **run,
-            **self.compression.to_dict(),
-            "head_scores": scores,
-        }
+        used = known_settings(self.method) - set(unused_settings(self.method))
+        compression = {name: value for name, value in self.compression.to_dict().items() if name in used}
+        return {"model": f"{self.family.name}_{self.method}", **run, **compression, "head_scores": scores}
 
     def clean(self) -> None:
         """Give the weights and the caches back: the host calls this before scoring."""
@@ -183,7 +180,7 @@ class CompressedChatModel(lmms):
 
     def _announce(self, model_args: dict[str, Any]) -> None:
         self._say(f"Settings: {json.dumps(self.settings(), default=str)}")
-        if unused := without_effect(self.method, model_args):
+        if unused := [name for name in unused_settings(self.method) if name in model_args]:
             self._say(f"{', '.join(unused)} without effect: {self.method} does not use it.", "WARNING")
 
     def _say(self, message: str, level: str = "INFO") -> None:

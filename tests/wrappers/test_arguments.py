@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers.arguments import known_settings, split_arguments, without_effect
+from sparsemm_lmms.model_wrappers.arguments import known_settings, split_arguments, unused_settings
 from sparsemm_lmms.model_wrappers.llava_next import LlavaNext
 from sparsemm_lmms.model_wrappers.qwen2_vl import Qwen2VL
 
@@ -81,6 +81,11 @@ def test_wrong_arguments_are_one_sentence(family, method, given, sentence) -> No
 def test_every_method_takes_the_shared_settings() -> None:
     for method in METHODS:
         assert {"budget", "window_size", "seed", "redistribute", "kernel_backend"} <= known_settings(method)
-    assert without_effect("fullkv", {"budget": 64, "seed": 1}) == ["budget"]
-    assert without_effect("local_window", {"pooling": "avgpool", "budget": 64}) == ["pooling"]
-    assert without_effect("snapkv", {"budget": 64, "pooling": "avgpool"}) == []
+
+
+def test_settings_without_effect_are_known_as_such() -> None:
+    pooled = ("kernel_size", "pooling", "gqa_func")
+    assert unused_settings("fullkv") == ("budget", "window_size", "redistribute", *pooled, "seed")
+    assert unused_settings("local_window") == (*pooled, "seed")
+    assert unused_settings("snapkv") == ("seed",)
+    assert unused_settings("random") == unused_settings("sparsemm") == ()
