@@ -102,12 +102,12 @@ class Packer:
     def __init__(self, family: str, encode):
         self.family = family
         self.encode = lambda text: np.asarray(encode(text), dtype=np.int64)
-        self.before, self.middle, self.after, self.end = (self.encode(t) for t in frame(family))
-        self.plain = self.encode(frame(family)[0].removesuffix("<|vision_start|>"))
+        before, self.middle, self.after, self.end = frame(family)
+        self.before, self.plain = self.encode(before), before.removesuffix("<|vision_start|>")
 
-    def _turn(self, group: str, start: int, opening: np.ndarray, question: str, answer: str) -> Turn:
-        head = np.concatenate([opening, self.encode(question), self.after])
-        target = np.concatenate([self.encode(answer), self.end])
+    def _turn(self, group: str, start: int, opening: str, question: str, answer: str) -> Turn:
+        head = self.encode(opening + question + self.after)  # in one piece: " Copy" is one token
+        target = self.encode(answer + self.end)
         labels = np.full(len(head) + len(target) - 1, IGNORE)
         labels[len(head) - 1 :] = target
         return Turn(group, start, np.concatenate([head, target[:-1]]), labels)

@@ -142,10 +142,15 @@ class Run:
                 self.save(stage)
 
     def export(self) -> None:
-        """The model (float16), its processor and tokenizer in the ordinary Hugging Face layout."""
+        """The model (float16 on disk, float32 in the config), processor and tokenizer in the Hugging Face layout."""
         self.model.set_attn_implementation("sdpa")
         self.model.half().save_pretrained(self.output)
+        config = self.model.config
+        for part in (config, config.text_config, config.vision_config):
+            part.dtype = torch.float32  # CPUs compute slowly in float16, and dtype="auto" follows the config
+        config.save_pretrained(self.output)
         self.processor.save_pretrained(self.output)
+        (self.output / "model.safetensors").chmod(0o644)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -60,7 +60,7 @@ def test_the_host_loads_and_scores_the_tasks():
     from lmms_eval.tasks import TaskManager, get_task_dict
 
     manager = TaskManager(include_path=str(FOLDER))
-    loaded = get_task_dict(["sparsemm_demo_ocr", "sparsemm_demo_vqa"], manager)
+    loaded = get_task_dict(["sparsemm_demo_ocr", "sparsemm_demo_vqa"], manager, "chat")
     for name, right in (("sparsemm_demo_ocr", {"character_accuracy", "anls"}), ("sparsemm_demo_vqa", {"exact_match"})):
         task = loaded[name]
         document = task.test_docs()[0]
