@@ -12,6 +12,8 @@ WANTED = (
     "sparsemm_lmms/model_wrappers/manifest.py",
     "sparsemm_lmms/task_overrides/sparsemm_demo_ocr.yaml",
     "sparsemm_lmms/task_overrides/sparsemm_demo_vqa.yaml",
+    "sparsemm_lmms/task_overrides/_sparsemm_demo_yaml",
+    "sparsemm_lmms/scoring/commands.py",
     "sparsemm_lmms/demo/models/llava_next/model.safetensors",
     "sparsemm_lmms/demo/models/llava_next/head_scores.json",
     "sparsemm_lmms/demo/models/qwen2_vl/model.safetensors",
