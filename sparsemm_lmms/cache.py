@@ -61,6 +61,7 @@ class RaggedLayer(CacheLayerMixin):
         self.keys = self.values = torch.empty(0)
         self.start = self.length = self.capacity = self.overflow = self.index = torch.empty(0, dtype=torch.int32)
         self.kept: np.ndarray = np.zeros((0, 0), dtype=np.int64)
+        self.stride: int | None = None  # rows from one segment to the next, when all have the same capacity
         self.prompt_lengths: tuple[int, ...] = ()
         self.columns = self.seen = self.appended = 0
         self.is_initialized = False
@@ -138,6 +139,7 @@ class RaggedLayer(CacheLayerMixin):
             scaling=scaling,
             new_count=new_count,
             max_length=int(self.kept.max()) + self.appended,
+            uniform_stride=self.stride,
             backend=backend,
         )
 
@@ -157,6 +159,7 @@ class RaggedLayer(CacheLayerMixin):
         self.values = torch.empty(slots, dim, dtype=like.dtype, device=device)
         self.start = torch.as_tensor(ends - capacity, dtype=torch.int32, device=device)
         self.capacity = torch.as_tensor(capacity, dtype=torch.int32, device=device)
+        self.stride = int(capacity[0, 0]) if (capacity == capacity[0, 0]).all() else None
         self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
 
     def _relayout(self, sequences: Tensor | None, room: int | None = None) -> None:
