@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .architecture import TILE
 from .packing import NEWLINE, OVERVIEW, image_items
-from .pages import SYMBOLS
+from .pages import FORMS, GRIDS, SYMBOLS, sample_page
 from .render import render
 
 BLANKS = (0.2, 1.0)  # share of blank cells of a tile: pages have full, sparse and empty tiles
@@ -36,15 +36,27 @@ def symbolic_features(model: nn.Module, tokenizer, family: str, cells: list[np.n
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def random_tiles(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Grey tiles, uint8 [count, 112, 112], and their symbols [count, 8, 8]; each has its own font and contrast."""
-    cells = rng.integers(0, len(SYMBOLS), (count, TILE, TILE))
+def random_tiles(rng: np.random.Generator, count: int, side: int = TILE) -> tuple[np.ndarray, np.ndarray]:
+    """Grey tiles, uint8 [count, side * CELL, side * CELL], and their symbols [count, side, side].
+
+    Each tile has its own font, contrast and share of blank cells.
+    """
+    cells = rng.integers(0, len(SYMBOLS), (count, side, side))
     cells[rng.random(cells.shape) < rng.uniform(*BLANKS, (count, 1, 1))] = 0
     return np.stack([render(rng, grid) for grid in cells]), cells
 
 
+def overviews(rng: np.random.Generator, processor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """LLaVA-NeXT's overview tiles of random pages, too small to read: every cell shall look blank."""
+    pages = [sample_page(rng, FORMS[i % len(FORMS)], *GRIDS[int(rng.integers(len(GRIDS)))]) for i in range(count)]
+    images = [np.repeat(render(rng, page.cells)[..., None], 3, -1) for page in pages]
+    pixels = processor.image_processor(images=images, return_tensors="np")["pixel_values"][:, 0, 0]
+    grey = np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+    return grey, np.zeros((count, TILE, TILE), np.int64)
+
+
 def tile_features(model: nn.Module, tiles: np.ndarray) -> Tensor:
-    """Image features [count, 64, D] of grey tiles as the model's tower gives them for one tile each."""
+    """Image features [count, cells, D] of square grey tiles as the model's tower gives them for one tile each."""
     device = model.get_input_embeddings().weight.device
     pixels = (torch.from_numpy(tiles).to(device).float() / 255 - 0.5) / 0.5
     count, side, _ = tiles.shape
@@ -62,12 +74,11 @@ def tile_features(model: nn.Module, tiles: np.ndarray) -> Tensor:
 
 
 def align_loss(model: nn.Module, tokenizer, tiles: np.ndarray, cells: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Loss (which symbol is nearest, and how near) and the share of printed symbols that are recognised."""
+    """Loss (which symbol is nearest, and how near) and the share of cells whose symbol is nearest."""
     table = symbol_embeddings(model, tokenizer).detach()
     features = tile_features(model, tiles).flatten(0, 1)
     wanted = torch.from_numpy(cells.ravel()).to(features.device)
     scale = table.pow(2).sum(-1).mean()
     distance = (features[:, None] - table[None]).pow(2).sum(-1) / scale  # [N, symbols]
     loss = nn.functional.cross_entropy(-8 * distance, wanted) + distance.gather(1, wanted[:, None]).mean()
-    printed = wanted > 0
-    return loss, (distance.argmin(-1) == wanted)[printed].float().mean()
+    return loss, (distance.argmin(-1) == wanted).float().mean()

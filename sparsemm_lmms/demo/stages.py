@@ -1,4 +1,4 @@
-"""What one step of each training stage does: text model on perfect symbols, vision tower, both together."""
+"""What one step of each training stage does: text model on perfect symbols, vision tower, text model on pixels."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .align import align_loss, random_tiles, symbolic_features
+from .align import align_loss, overviews, random_tiles, symbolic_features
 from .data import stream
 from .forward import embed, image_features, logits
 from .packing import Packed, Packer, collate
@@ -41,7 +41,7 @@ class Scores:
         self.hits[name][1] += total
 
     def __str__(self) -> str:
-        return " ".join(f"{k}={a / max(1, b):.3f}" for k, (a, b) in sorted(self.hits.items()))
+        return " ".join(f"{k}={a / max(1, b):.4f}" for k, (a, b) in sorted(self.hits.items()))
 
 
 def example(
@@ -64,7 +64,7 @@ def _tensors(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, Te
 
 def reading_loss(
     model: torch.nn.Module, processor, packer: Packer, rngs: list[np.random.Generator], share: float,
-    mixture: Mixture, pixels: bool, tune_vision: bool, scores: Scores,
+    mixture: Mixture, pixels: bool, scores: Scores,
 ) -> Tensor:
     """Mean cross-entropy of a batch of packed pages, one per generator; `pixels`: rendered, else perfect symbols."""
     made = [example(packer, rng, share, mixture) for rng in rngs]
@@ -73,7 +73,7 @@ def reading_loss(
         grey = [render(rng, page.cells) for rng, (page, _, _) in zip(rngs, made, strict=True)]
         images = [np.repeat(image[..., None], 3, -1) for image in grey]
         inputs = processor.image_processor(images=images, return_tensors="pt").to(device)
-        with torch.set_grad_enabled(tune_vision):
+        with torch.no_grad():
             features = image_features(model, inputs)
     else:
         features = symbolic_features(model, processor.tokenizer, packer.family, [page.cells for page, _, _ in made])
@@ -91,10 +91,15 @@ def reading_loss(
     return torch.nn.functional.cross_entropy(out, labels)
 
 
-def vision_loss(model: torch.nn.Module, processor, rng: np.random.Generator, tiles: int, scores: Scores) -> Tensor:
-    """Alignment loss of a batch of random tiles."""
-    loss, right = align_loss(model, processor.tokenizer, *random_tiles(rng, tiles))
-    scores.add("symbols", int(1000 * float(right)), 1000)
+def vision_loss(model: torch.nn.Module, processor, rng: np.random.Generator, step: int, scores: Scores) -> Tensor:
+    """Alignment loss of random tiles: 8 x 8 cells; Qwen2-VL attends over whole images and gets larger ones too."""
+    if model.config.model_type == "llava_next":
+        made = [random_tiles(rng, 28), overviews(rng, processor, 4)]
+        tiles, cells = (np.concatenate(parts) for parts in zip(*made, strict=True))
+    else:
+        tiles, cells = random_tiles(rng, *((32, 8), (6, 16), (32, 8), (2, 24))[step % 4])
+    loss, right = align_loss(model, processor.tokenizer, tiles, cells)
+    scores.add("cells", int(1e4 * float(right)), 10_000)
     return loss
 
 
