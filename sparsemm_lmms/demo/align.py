@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import TILE
+from .glyphs import CELL
 from .packing import NEWLINE, OVERVIEW, image_items
 from .pages import FORMS, GRIDS, SYMBOLS, sample_page
 from .render import render
@@ -44,6 +45,15 @@ def random_tiles(rng: np.random.Generator, count: int, side: int = TILE) -> tupl
     cells = rng.integers(0, len(SYMBOLS), (count, side, side))
     cells[rng.random(cells.shape) < rng.uniform(*BLANKS, (count, 1, 1))] = 0
     return np.stack([render(rng, grid) for grid in cells]), cells
+
+
+def blacken(rng: np.random.Generator, tiles: np.ndarray, cells: np.ndarray, share: float = 0.3) -> None:
+    """Two black rows of cells at the top or the bottom of some tiles, as any-resolution padding has them: in place."""
+    for tile, grid in zip(tiles, cells, strict=True):
+        if rng.random() < share:
+            top = rng.random() < 0.5
+            tile[slice(0, 2 * CELL) if top else slice(-2 * CELL, None)] = 0
+            grid[slice(0, 2) if top else slice(-2, None)] = 0
 
 
 def overviews(rng: np.random.Generator, processor, count: int) -> tuple[np.ndarray, np.ndarray]:

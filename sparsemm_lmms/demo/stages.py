@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .align import align_loss, overviews, random_tiles, symbolic_features
+from .align import align_loss, blacken, overviews, random_tiles, symbolic_features
 from .data import stream
 from .forward import embed, image_features, logits
 from .packing import Packed, Packer, collate
@@ -95,6 +95,7 @@ def vision_loss(model: torch.nn.Module, processor, rng: np.random.Generator, ste
     """Alignment loss of random tiles: 8 x 8 cells; Qwen2-VL attends over whole images and gets larger ones too."""
     if model.config.model_type == "llava_next":
         made = [random_tiles(rng, 28), overviews(rng, processor, 4)]
+        blacken(rng, *made[0])
         tiles, cells = (np.concatenate(parts) for parts in zip(*made, strict=True))
     else:
         tiles, cells = random_tiles(rng, *((32, 8), (6, 16), (32, 8), (2, 24))[step % 4])
