@@ -61,7 +61,7 @@ def demo(
     family: Annotated[DemoFamily, typer.Option(help="Which demo model; `all` for both.")] = DemoFamily.llava_next,
     methods: Annotated[str, typer.Option(help="Comma-separated methods and controls; see the table's rows.")] = "",
     budgets: Annotated[str, typer.Option(help="Comma-separated tokens per head; the window of 32 included.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 12,
+    limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
     output: Annotated[Path, typer.Option(help="The plot (PNG); the numbers lie beside it as JSON.")] = Path(
         "sparsemm_demo.png"

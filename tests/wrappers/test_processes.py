@@ -25,7 +25,7 @@ def run(
     command += ["--include_path", str(folder), "--tasks", "tiny_images", "--batch_size", "2", "--log_samples"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(out / "datasets"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, "--output_path", str(out), *more], capture_output=True, text=True, env=env, timeout=280, cwd=folder
+        [*command, "--output_path", str(out), *more], capture_output=True, text=True, env=env, timeout=900, cwd=folder
     )
     text = done.stdout + done.stderr
     assert done.returncode == 0, text
