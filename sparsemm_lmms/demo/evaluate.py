@@ -28,9 +28,7 @@ def load(path: str | Path) -> tuple[torch.nn.Module, object]:
 @torch.inference_mode()
 def read(model: torch.nn.Module, processor, batch: list[Sample]) -> list[str]:
     """The model's answers."""
-    messages = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.question}]}] for s in batch
-    ]
+    messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.question}]}] for s in batch]
     texts = [processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
     inputs = processor(images=[[s.image] for s in batch], text=texts, return_tensors="pt", padding=True)
     inputs = inputs.to(model.device)

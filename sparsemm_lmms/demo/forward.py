@@ -11,8 +11,16 @@ ATTENTION = "sparsemm_demo_packed"
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, layout: Layout,
-    valid: Tensor, scaling: float, **_,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    layout: Layout,
+    valid: Tensor,
+    scaling: float,
+    **_,
 ) -> tuple[Tensor, None]:
     """Attention over packed rows: query [B, Hq, L, d], key and value [B, Hkv, L, d]; out [B, L, Hq, d].
 

@@ -44,9 +44,7 @@ class Scores:
         return " ".join(f"{k}={a / max(1, b):.4f}" for k, (a, b) in sorted(self.hits.items()))
 
 
-def example(
-    packer: Packer, rng: np.random.Generator, share: float, mixture: Mixture
-) -> tuple[Page, Packed, list[str]]:
+def example(packer: Packer, rng: np.random.Generator, share: float, mixture: Mixture) -> tuple[Page, Packed, list[str]]:
     """A page with a transcription, short questions and a text-only exercise; the kinds in the order of the turns."""
     form = str(rng.choice(FORMS, p=mixture.forms))
     page = sample_page(rng, form, *GRIDS[int(rng.integers(len(GRIDS)))])
@@ -63,8 +61,14 @@ def _tensors(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, Te
 
 
 def reading_loss(
-    model: torch.nn.Module, processor, packer: Packer, rngs: list[np.random.Generator], share: float,
-    mixture: Mixture, pixels: bool, scores: Scores,
+    model: torch.nn.Module,
+    processor,
+    packer: Packer,
+    rngs: list[np.random.Generator],
+    share: float,
+    mixture: Mixture,
+    pixels: bool,
+    scores: Scores,
 ) -> Tensor:
     """Mean cross-entropy of a batch of packed pages, one per generator; `pixels`: rendered, else perfect symbols."""
     made = [example(packer, rng, share, mixture) for rng in rngs]
