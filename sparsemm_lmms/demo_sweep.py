@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -164,7 +165,8 @@ def main(family: str, methods: str, budgets: str, limit: int, seed: int, output:
     tokens = _parse_budgets(budgets)
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output {output} must end in .png.")
-    console, started = Console(), time.perf_counter()
+    torch.set_num_threads(1)  # matrices this small gain nothing from threads, and spin against any other load
+    console, started = Console(width=None if sys.stdout.isatty() else 110), time.perf_counter()
     cells: list[Cell] = []
     runs = [(row, budget) for row in rows for budget in ([None] if row == "fullkv" else tokens)]
     names = list(FAMILIES) if family == "all" else [family]
