@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sparsemm_lmms.scoring.samples import PAPER_PROMPT, Box, CalibrationSample, Page, Readings, Skipped, ask
 
@@ -109,11 +109,14 @@ def open_image(path: Path) -> Image.Image:
 
 
 def _open(source: Any, name: str) -> Image.Image | Skipped:
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # lmms-eval's tasks set it
     try:
         with Image.open(source) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return Skipped(name, f"is not a readable image ({error}).")
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def _folder_page(file: Path) -> Page | Skipped:

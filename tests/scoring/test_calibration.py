@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sparsemm_lmms.scoring.render import GeneratedPages, font_files, render_page
 from sparsemm_lmms.scoring.samples import PAPER_PROMPT, Box, CalibrationSample, Page, Skipped, ask, checked
@@ -79,7 +79,9 @@ def png(width=40, height=30):
     return buffer.getvalue()
 
 
-def test_folder(tmp_path):
+def test_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval's tasks leave it
+
     def write(name, image=None, facts=None):
         if image is not None:
             (tmp_path / f"{name}.png").write_bytes(image)
