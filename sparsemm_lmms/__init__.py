@@ -10,7 +10,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._source_tree import map_folders
 from ._version import __version__
+
+map_folders()
 
 if TYPE_CHECKING:
     from .cache import RaggedCache

@@ -61,3 +61,15 @@ def test_public_api():
     assert all(getattr(sparsemm_lmms, name) is not None for name in sparsemm_lmms.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = sparsemm_lmms.nonsense
+
+
+def test_a_clone_on_the_path_finds_its_own_folders():
+    """`python -m lmms_eval` from the root of a clone, with the package installed elsewhere and not editable."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r});"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
+        "import sparsemm_lmms.kernels as k, sparsemm_lmms.model_wrappers.manifest, sparsemm_lmms.task_overrides as t;"
+        "print(k.__file__, t.__file__)"
+    )
+    found = run(code, cwd=ROOT).split()
+    assert found == [str(ROOT / "kernels" / "triton" / "__init__.py"), str(ROOT / "task_overrides" / "__init__.py")]
