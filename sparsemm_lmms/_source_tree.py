@@ -1,7 +1,7 @@
 """In a clone the sub-packages lie beside this folder; when Python starts there, they must still be found.
 
-`python -m lmms_eval` from a clone's root puts that root first on sys.path, so that `sparsemm_lmms` is the clone's folder
-even where the package is installed. Only the names of `[tool.setuptools.package-dir]` are mapped.
+`python -m lmms_eval` from a clone's root puts that root first on sys.path, so that `sparsemm_lmms` is the clone's
+folder even where the package is installed. Only the names of `[tool.setuptools.package-dir]` are mapped.
 """
 
 from __future__ import annotations
