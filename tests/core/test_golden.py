@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsemm_lmms import CompressionConfig, HeadScores, compress, head_budgets, kept_positions
+from sparsemm_lmms import CompressionConfig, HeadScores, RaggedCache, compress, head_budgets, kept_positions
+from sparsemm_lmms.methods import LayerPrompt, Model
+from sparsemm_lmms.selection import build_method
 
 from . import golden
 
@@ -77,6 +79,11 @@ def test_model_cache(case) -> None:
             torch.testing.assert_close(layer.keys[start : start + len(row)], key[head, row], rtol=0, atol=0)
 
 
+def prompt(layer_idx: int) -> LayerPrompt:
+    """A prompt long enough that nothing is clamped."""
+    return LayerPrompt(layer_idx, torch.empty(0), (10**6,))
+
+
 def test_allocations() -> None:
     """All 128 allocations of the published LLaVA-NeXT-Vicuna table (kept outside the repository: no licence stated)."""
     if not (golden.SHARED / "allocation.json").exists():
@@ -94,3 +101,8 @@ def test_allocations() -> None:
             ratio=case["ratio"],
         )
         np.testing.assert_array_equal(got.numpy(), wanted[case["array"]], err_msg=case["id"])
+        settings = {name: case[name] for name in ("budget", "window_size", "ratio")}
+        model = Model(case["layers"], case["q_heads"], case["kv_heads"])
+        cache = RaggedCache(build_method(CompressionConfig(method="sparsemm", **settings), model, table))
+        rows = [layer.method.sequence_capacities(prompt(i), 0, 10**6) for i, layer in enumerate(cache.layers)]
+        np.testing.assert_array_equal(np.stack(rows), wanted[case["array"]], err_msg=case["id"])
