@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sparsemm_lmms.head_scores import HeadScores, provenance_path
+from tests.core.golden import SHARED
 
-PUBLISHED = "../shared/golden/scores/llava-v1.6.npz"
+PUBLISHED = SHARED / "scores" / "llava-v1.6.npz"
 
 
 def research_reader(path):
@@ -179,7 +180,7 @@ def test_tables_are_checked_and_frozen():
         HeadScores.uniform(2, 2).values[0, 0] = 3
 
 
-@pytest.mark.skipif(not os.path.exists(PUBLISHED), reason=f"{PUBLISHED} (published table) is not on this machine")
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published score table states no licence and is not shipped")
 def test_published_table(tmp_path):
     table = np.load(PUBLISHED)
     content = {f"{i}-{j}": table["raw"][i, j].tolist() for i, j in np.ndindex(32, 32)}
