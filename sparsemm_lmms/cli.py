@@ -1,4 +1,4 @@
-"""`sparsemm-lmms`: the folder of the tasks, the demo, and the commands for head scores.
+"""`sparsemm-lmms`: the folder of the tasks, the demo, and where all other commands live.
 
 torch, lmms-eval and matplotlib are imported by the commands that use them: `sparsemm-lmms tasks` stands inside other
 commands and must answer at once.
@@ -6,18 +6,45 @@ commands and must answer at once.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ._version import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compressed KV caches for vision-language models.")
-OWN = ("tasks", "demo", "version")
+ELSEWHERE = {
+    "chase": "scoring.commands",
+    "heads": "scoring.commands",
+    "budgets": "scoring.commands",
+    "show": "scoring.commands",
+}
+"""Commands by the module whose Typer `app` holds them. It is imported when the command is asked for."""
+
+
+class LazyGroup(TyperGroup):
+    """The commands of this file, and those of `ELSEWHERE`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *ELSEWHERE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(f"sparsemm_lmms.{ELSEWHERE[cmd_name]}")
+        return typer.main.get_group(module.app).commands[cmd_name]
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Compressed KV caches for vision-language models.",
+)
 
 
 class DemoFamily(str, Enum):
@@ -73,17 +100,8 @@ def demo(
     run(family.value, methods=methods, budgets=budgets, limit=limit, seed=seed, output=output)
 
 
-def add_scoring_commands() -> None:
-    """Add the commands of `sparsemm_lmms.scoring`; imports torch."""
-    module = importlib.import_module("sparsemm_lmms.scoring.commands")
-    app.registered_commands.extend(module.app.registered_commands)
-    app.registered_groups.extend(module.app.registered_groups)
-
-
 def main() -> None:
     """Entry point. A mistake of the user ends in one sentence, not in a traceback."""
-    if not {*sys.argv[1:2]} & {*OWN, "--version"} and (Path(__file__).parent / "scoring" / "commands.py").is_file():
-        add_scoring_commands()
     try:
         app()
     except (ValueError, FileNotFoundError) as error:
