@@ -80,7 +80,7 @@ def ragged_attention(
         output = stock(module, query, key, value, attention_mask, scaling=scale, **kwargs)[0]
         layer.fill(query, key, value, scale, layer.step)
     if layer.silent is not None:
-        output = output.masked_fill(layer.silent.to(output.device)[:, None], 0)
+        output = output.masked_fill(layer.silent[:, None], 0)
     return output, None
 
 

@@ -63,6 +63,7 @@ class RaggedLayer(CacheLayerMixin):
         self.kept: np.ndarray = np.zeros((0, 0), dtype=np.int64)
         self.stride: int | None = None  # rows from one segment to the next, when all have the same capacity
         self.prompt_lengths: tuple[int, ...] = ()
+        self.longest = 0  # rows of the largest segment: picks launches, and is the same at every step of a layout
         self.columns = self.seen = self.appended = 0
         self.is_initialized = False
 
@@ -117,6 +118,8 @@ class RaggedLayer(CacheLayerMixin):
         backend = self.method.config.kernel_backend
         evict(key, value, chosen.index, count, self.start, self.keys, self.values, backend=backend)
         self.length = count
+        if self.silent is not None:  # once: a copy from the host at every step could not be captured
+            self.silent = self.silent.to(key.device)
         self.is_initialized = True
 
     def extend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, step: Step) -> Tensor:
@@ -126,8 +129,7 @@ class RaggedLayer(CacheLayerMixin):
             `[batch, q_heads, t, head_dim]` in the dtype of `query`.
         """
         tokens, backend = key.shape[2], self.method.config.kernel_backend
-        if self.appended + tokens > self.room:
-            self._relayout(None, room=max(2 * self.room, self.appended + tokens))
+        self.reserve(tokens)
         new = key.to(self.keys.dtype), value.to(self.values.dtype)
         new_count = None if step.new_count is None else step.new_count.to(key.device)
         store = self.keys, self.values, self.start, self.length
@@ -138,10 +140,15 @@ class RaggedLayer(CacheLayerMixin):
             *store,
             scaling=scaling,
             new_count=new_count,
-            max_length=int(self.kept.max()) + self.appended,
+            max_length=self.longest,
             uniform_stride=self.stride,
             backend=backend,
         )
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens; only this moves addresses, by doubling the room."""
+        if self.appended + tokens > self.room:
+            self._relayout(None, room=max(2 * self.room, self.appended + tokens))
 
     # -- layout --------------------------------------------------------------------------------------------------------
 
@@ -159,6 +166,7 @@ class RaggedLayer(CacheLayerMixin):
         self.values = torch.empty(slots, dim, dtype=like.dtype, device=device)
         self.start = torch.as_tensor(ends - capacity, dtype=torch.int32, device=device)
         self.capacity = torch.as_tensor(capacity, dtype=torch.int32, device=device)
+        self.longest = int(capacity.max())
         self.stride = int(capacity[0, 0]) if (capacity == capacity[0, 0]).all() else None
         self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -257,6 +265,35 @@ class RaggedCache(Cache):
             "kv_bytes_used": used * row,
             "kv_bytes_full": (used + evicted) * row,
         }
+
+    # -- for a captured decode step: its replays append on the device, Python counts here ------------------------------
+
+    @property
+    def room_left(self) -> int:
+        """Tokens that every layer can still take up without moving."""
+        return min(layer.room - layer.appended for layer in self.layers)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens in every layer. It may move the store: captured graphs are void then."""
+        for layer in self.layers:
+            layer.reserve(tokens)
+
+    def count(self, tokens: int) -> None:
+        """Count tokens that were appended without this Python code, or (negative) that did not happen."""
+        for layer in self.layers:
+            layer.seen += tokens
+            layer.appended += tokens
+
+    def take_back(self, tokens: int) -> None:
+        """Forget the newest `tokens` tokens of every sequence; none of them may have been padding."""
+        self.count(-tokens)
+        for layer in self.layers:
+            layer.length -= tokens
+
+    def static_tensors(self) -> list[Tensor]:
+        """Everything that a decode step reads and writes of the cache, and whose address a captured graph knows."""
+        names = ("keys", "values", "start", "length", "capacity", "overflow")
+        return [getattr(layer, name) for layer in self.layers for name in names]
 
     def check_overflow(self) -> None:
         """Raise if any append found its segment full (one host synchronisation; not for the decode loop)."""
