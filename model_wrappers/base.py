@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator, DistributedType
 from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -14,24 +13,21 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoProcessor, PreTrainedModel
 
-from ..head_scores import HeadScores
 from ..methods import METHODS
-from ..scoring import resolve_head_scores
 from ..session import compress
-from .arguments import Family, known_settings, split_arguments, unused_settings
+from .arguments import unused_settings
+from .compressed import CompressedModel
 from .engine import Conversation, Engine
 from .generation import GenerationSettings
-from .loading import Checkpoint, checkpoint_path, load_checkpoint, read_config, resolve_device
+from .loading import resolve_device
 from .names import class_name
 from .statistics import CacheTokenCounts, RunStatistics, numeric_settings
 
 T = TypeVar("T", bound="CompressedChatModel")
-FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
 
 
-class CompressedChatModel(lmms):
+class CompressedChatModel(CompressedModel, lmms):
     """A vision-language model whose KV cache is compressed by `method`.
 
     Families subclass it with `family`; `method_variants` adds `method`. All arguments are checked before anything is
@@ -39,25 +35,17 @@ class CompressedChatModel(lmms):
     """
 
     is_simple = False
-    family: ClassVar[Family]
-    method: ClassVar[str]
 
     def __init__(self, max_batch_size: Any = None, **model_args: Any) -> None:
         super().__init__()
         del max_batch_size  # the host's, for automatic batch sizes, which `batch_size` refuses
-        self.options, self.compression = split_arguments(self.family, self.method, model_args)
+        self.configure(model_args)
         self.accelerator = _accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._device = resolve_device(self.options, self.accelerator)
-        self.checkpoint: Checkpoint | None = None
-        config = read_config(self.family, self.options)
-        needs_model = self.options.head_scores.partition(":")[0] in FROM_THE_MODEL
-        scores = None if needs_model else self._read_head_scores(config)
-        self.checkpoint = load_checkpoint(self.family, self.options, self._device)
-        self.head_scores = self._read_head_scores(config) if needs_model else scores
+        checkpoint = self.load(resolve_device(self.options, self.accelerator), progress=self.rank == 0)
         prompt = self.options.system_prompt
         self.system_prompt = self._resolve_system_prompt(prompt.replace("\\n", "\n")) if prompt else None
-        self.engine: Engine | None = Engine(self.checkpoint, self.system_prompt, self.family.strip_answers)
+        self.engine: Engine | None = Engine(checkpoint, self.system_prompt, self.family.strip_answers)
         self._announce(model_args)
 
     @classmethod
@@ -79,35 +67,12 @@ class CompressedChatModel(lmms):
     # -- what the host reads -------------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> PreTrainedModel:
-        return self._ready().model
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._ready().processor.tokenizer
-
-    @property
     def config(self) -> Any:
         return self.model.config
 
     @property
     def batch_size(self) -> int:
         return self.options.batch_size
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the answers, resolved: arguments, defaults and the identity of the head scores."""
-        run = {name: value for name, value in vars(self.options).items() if name != "head_scores"}
-        run |= {"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
-        scores = None
-        if self.head_scores is not None:
-            scores = {"source": self.options.head_scores, "sha256": self.head_scores.content_hash}
-        used = known_settings(self.method) - set(unused_settings(self.method))
-        compression = {name: value for name, value in self.compression.to_dict().items() if name in used}
-        return {"model": f"{self.family.name}_{self.method}", **run, **compression, "head_scores": scores}
 
     def clean(self) -> None:
         """Give the weights and the caches back: the host calls this before scoring."""
@@ -186,34 +151,6 @@ class CompressedChatModel(lmms):
     def _say(self, message: str, level: str = "INFO") -> None:
         if self.rank == 0:
             logger.opt(depth=1).log(level, message)
-
-    # -- loading -------------------------------------------------------------------------------------------------------
-
-    def _read_head_scores(self, config: dict[str, Any]) -> HeadScores | None:
-        """The scores of this model, or None for a method without. Finding them (`auto`) needs the loaded model."""
-        if not METHODS[self.method].needs_head_scores:
-            return None
-        path, revision = checkpoint_path(self.family, self.options), self.options.revision
-        loaded: dict[str, Any] = {}
-        if self.checkpoint is not None:  # a processor of its own: pixel limits of this run must not shape kept scores
-            loaded = {
-                "model": self.checkpoint.model,
-                "processor": AutoProcessor.from_pretrained(path, revision=revision),
-            }
-        return resolve_head_scores(
-            self.options.head_scores,
-            config,
-            path,
-            revision,
-            seed=self.compression.seed,
-            progress=self.rank == 0,
-            **loaded,
-        )
-
-    def _ready(self) -> Checkpoint:
-        if self.checkpoint is None:
-            raise RuntimeError("This model was cleaned away after its evaluation; create a new one.")
-        return self.checkpoint
 
     def _working_engine(self) -> Engine:
         self._ready()

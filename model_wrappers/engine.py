@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lmms_eval.protocol import ChatMessages
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteriaList
 
@@ -88,6 +87,8 @@ class Engine:
         Raises:
             NotImplementedError: for video or audio.
         """
+        from lmms_eval.protocol import ChatMessages  # the other host brings prompts of its own
+
         messages = [dict(message) for message in conversation]
         if self.system_prompt and (not messages or messages[0]["role"] != "system"):
             content = [{"type": "text", "text": self.system_prompt}]
@@ -110,7 +111,12 @@ class Engine:
     ) -> Batch:
         """Answer the conversations in one batch on a fresh cache of `session`, which must be entered."""
         prompts, images = zip(*(self.prompt(conversation) for conversation in conversations), strict=True)
-        inputs = self.inputs(prompts, [image for group in images for image in group])
+        return self.answer(session, prompts, self.inputs(prompts, [i for group in images for i in group]), settings)
+
+    def answer(
+        self, session: CompressionSession, prompts: Sequence[str], inputs: BatchFeature, settings: GenerationSettings
+    ) -> Batch:
+        """The same for prompts that are already text and model inputs."""
         cache = session.new_cache(min(settings.max_new_tokens, ROOM))
         clock = StepClock(self.model.device)
         sequences = self.model.generate(

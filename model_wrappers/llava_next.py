@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from .arguments import Family
 from .base import CompressedChatModel, method_variants
+from .families import LLAVA_NEXT
 
 
 class LlavaNext(CompressedChatModel):
-    """Settings of the host's `llava_hf`: no system prompt, 1024 new tokens, answers as they come."""
+    """Prompts and settings of lmms-eval's `llava_hf`."""
 
-    family = Family(
-        name="llava_next",
-        model_type="llava_next",
-        architecture="LlavaNextForConditionalGeneration",
-        pretrained="llava-hf/llava-v1.6-vicuna-7b-hf",
-        max_new_tokens=1024,
-    )
+    family = LLAVA_NEXT
 
 
 globals().update(method_variants(LlavaNext))

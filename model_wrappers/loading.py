@@ -24,9 +24,9 @@ class Checkpoint:
     path: str
 
 
-def resolve_device(options: RunOptions, accelerator: Accelerator) -> torch.device:
+def resolve_device(options: RunOptions, accelerator: Accelerator | None = None) -> torch.device:
     """The device of this process: accelerate's with several processes, else the asked one, else CUDA before CPU."""
-    if accelerator.num_processes > 1:
+    if accelerator is not None and accelerator.num_processes > 1:
         if options.device_map is not None:
             raise ValueError(
                 "device_map spreads one model over the GPUs; it cannot be combined with several processes."

@@ -1,0 +1,92 @@
+"""A named model without its host: arguments checked, weights and head scores loaded, settings told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, PreTrainedModel
+
+from ..config import CompressionConfig
+from ..head_scores import HeadScores
+from ..methods import METHODS
+from ..scoring import resolve_head_scores
+from .arguments import Family, RunOptions, known_settings, split_arguments, unused_settings
+from .loading import Checkpoint, checkpoint_path, load_checkpoint, read_config
+
+FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
+
+
+class CompressedModel:
+    """What the wrappers of all hosts share. `configure` checks all arguments before `load` reads any weight."""
+
+    family: Family
+    method: str
+    options: RunOptions
+    compression: CompressionConfig
+    checkpoint: Checkpoint | None = None
+    head_scores: HeadScores | None = None
+    _device: torch.device
+
+    def configure(self, given: dict[str, Any]) -> None:
+        """Split and check the arguments; see `RunOptions` and `CompressionConfig` for what they mean."""
+        self.options, self.compression = split_arguments(self.family, self.method, given)
+
+    def load(self, device: torch.device, progress: bool = True) -> Checkpoint:
+        """Read config, weights and head scores; `progress` shows a bar where scores must be found first."""
+        self._device = device
+        config = read_config(self.family, self.options)
+        needs_model = self.options.head_scores.partition(":")[0] in FROM_THE_MODEL
+        scores = None if needs_model else self._read_head_scores(config, progress)
+        self.checkpoint = load_checkpoint(self.family, self.options, device)
+        self.head_scores = self._read_head_scores(config, progress) if needs_model else scores
+        return self.checkpoint
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._ready().model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._ready().processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the answers, resolved: arguments, defaults and the identity of the head scores."""
+        run = {name: value for name, value in vars(self.options).items() if name != "head_scores"}
+        run |= {"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
+        scores = None
+        if self.head_scores is not None:
+            scores = {"source": self.options.head_scores, "sha256": self.head_scores.content_hash}
+        used = known_settings(self.method) - set(unused_settings(self.method))
+        compression = {name: value for name, value in self.compression.to_dict().items() if name in used}
+        return {"model": f"{self.family.name}_{self.method}", **run, **compression, "head_scores": scores}
+
+    def _read_head_scores(self, config: dict[str, Any], progress: bool) -> HeadScores | None:
+        """The scores of this model, or None for a method without. Finding them (`auto`) needs the loaded model."""
+        if not METHODS[self.method].needs_head_scores:
+            return None
+        path, revision = checkpoint_path(self.family, self.options), self.options.revision
+        loaded: dict[str, Any] = {}
+        if self.checkpoint is not None:  # a processor of its own: pixel limits of this run must not shape kept scores
+            loaded = {
+                "model": self.checkpoint.model,
+                "processor": AutoProcessor.from_pretrained(path, revision=revision),
+            }
+        return resolve_head_scores(
+            self.options.head_scores,
+            config,
+            path,
+            revision,
+            seed=self.compression.seed,
+            progress=progress,
+            **loaded,
+        )
+
+    def _ready(self) -> Checkpoint:
+        if self.checkpoint is None:
+            raise RuntimeError("This model was cleaned away after its evaluation; create a new one.")
+        return self.checkpoint
