@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .kernels import append, evict, ragged_decode
 from .methods import Method
-from .selection import select
+from .selection import reselect, select
 
 DEFAULT_ROOM = 128  # tokens that a segment can take up when the caller does not say how many are to come
 _handoff = threading.local()  # the layer whose `update` ran last: attention follows it in the same layer
@@ -28,11 +28,13 @@ class Step:
         counts: real (not padding) new tokens of each sequence, on the host.
         tokens: columns of this pass.
         new_count: the same as int32 `[batch]` on the device, or None when no sequence is padded.
+        compress: choose again what to keep once these tokens are appended.
     """
 
     counts: tuple[int, ...]
     tokens: int
     new_count: Tensor | None = None
+    compress: bool = False
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -112,15 +114,19 @@ class RaggedLayer(CacheLayerMixin):
             query: `[batch, q_heads, n, head_dim]`; key, value: `[batch, kv_heads, n, head_dim]`, post-RoPE.
         """
         chosen = select(self.method, self.layer_idx, query, key, scaling, step.counts)
-        self.kept, self.index, self.prompt_lengths, self.columns = chosen.counts, chosen.index, step.counts, step.tokens
-        self._allocate(chosen.counts, key)
-        count = torch.as_tensor(chosen.counts, dtype=torch.int32, device=key.device)
-        backend = self.method.config.kernel_backend
-        evict(key, value, chosen.index, count, self.start, self.keys, self.values, backend=backend)
-        self.length = count
+        self.index, self.prompt_lengths, self.columns = chosen.index, step.counts, step.tokens
+        self._store(key, value, chosen.index, chosen.counts)
         if self.silent is not None:  # once: a copy from the host at every step could not be captured
             self.silent = self.silent.to(key.device)
         self.is_initialized = True
+
+    def _store(self, key: Tensor, value: Tensor, index: Tensor, counts: np.ndarray) -> None:
+        """Copy the columns `index` of key and value, the first `counts` of each head, into a fresh store."""
+        self.kept = counts
+        self._allocate(counts, key)
+        self.length = torch.as_tensor(counts, dtype=torch.int32, device=key.device)
+        backend = self.method.config.kernel_backend
+        evict(key, value, index, self.length, self.start, self.keys, self.values, backend=backend)
 
     def extend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, step: Step) -> Tensor:
         """Append new tokens in place and attend to each head's segment, causal among the new tokens.
@@ -135,7 +141,7 @@ class RaggedLayer(CacheLayerMixin):
         store = self.keys, self.values, self.start, self.length
         append(*store, self.capacity, *new, self.overflow, new_count, backend=backend)
         self.appended += tokens
-        return ragged_decode(
+        output = ragged_decode(
             query,
             *store,
             scaling=scaling,
@@ -144,6 +150,43 @@ class RaggedLayer(CacheLayerMixin):
             uniform_stride=self.stride,
             backend=backend,
         )
+        if step.compress:
+            self._compress_again(query, scaling)
+        return output
+
+    def _compress_again(self, query: Tensor, scaling: float) -> None:
+        """Choose what the one sequence keeps of all it holds, the newest tokens included (see `reselect`)."""
+        held = self.kept[0] + self.appended
+        longest, seen = int(held.max()), self.prompt_lengths[0] + self.appended
+        device = self.keys.device
+        column = torch.arange(longest, device=device)
+        slot = (column - (longest - torch.as_tensor(held, device=device)[:, None])).clamp(min=0)  # right-aligned
+        key, value = (x[self.start[0, :, None] + slot][None] for x in (self.keys, self.values))
+        chosen = reselect(self.method, self.layer_idx, query, key, scaling, held, seen)
+        if chosen is None:
+            return
+        kept = torch.as_tensor(self.kept[0], device=device)[:, None]
+        last = self.index.shape[2] - 1
+        columns = torch.where(
+            slot < kept, self.index[0].gather(1, slot.clamp(max=last)).long(), self.columns + slot - kept
+        )
+        picked = chosen.index.long().clamp(max=longest - 1)
+        self.index = columns[None].gather(2, picked).to(torch.int32)
+        self._store(key, value, chosen.index, chosen.counts)
+        self.columns, self.prompt_lengths, self.appended = self.columns + self.appended, (seen,), 0
+
+    def take_back(self, tokens: int, counts: Tensor | None = None) -> None:
+        """See `RaggedCache.take_back`."""
+        into = tokens - self.appended  # tokens of the prompt
+        window = min(self.method.config.window_size, *self.prompt_lengths) - 1
+        if into > window or (into > 0 and counts is not None):
+            raise ValueError(f"{tokens} tokens cannot be taken back: {self.appended} came after the last compression.")
+        self.length -= tokens if counts is None else counts.to(self.length.device)[:, None]
+        self.seen -= tokens
+        self.appended -= min(tokens, self.appended)
+        if into > 0:
+            self.kept, self.columns = self.kept - into, self.columns - into
+            self.prompt_lengths = tuple(length - into for length in self.prompt_lengths)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens; only this moves addresses, by doubling the room."""
@@ -201,6 +244,9 @@ class RaggedCache(Cache):
         method: what to keep (see `sparsemm_lmms.selection.build_method`).
         max_new_tokens: room for tokens after the prompt; more tokens than planned are fine, but cost one copy of the
             store each time the room doubles.
+
+    Attributes:
+        compress_next: set it before a later prompt to have the cache compressed again when that prompt is appended.
     """
 
     layers: list[RaggedLayer]  # type: ignore[assignment]
@@ -213,6 +259,7 @@ class RaggedCache(Cache):
         super().__init__(layers=layers)
         self.method = method
         self.step: Step | None = None
+        self.compress_next = False
 
     def begin(self, tokens: int, batch: int, attention_mask: Tensor | None, device: torch.device) -> None:
         """Note what the coming forward pass brings: which of its columns are left padding.
@@ -221,6 +268,10 @@ class RaggedCache(Cache):
             ValueError: for a mask that is not `[batch, seen + tokens]` or that pads on the right.
         """
         self.step = _read_step(tokens, batch, attention_mask, self.get_seq_length(), device)
+        if self.compress_next:
+            if batch != 1 or self.step.new_count is not None:
+                raise ValueError("Only one conversation at a time, without padding, can be compressed again.")
+            self.step.compress, self.compress_next = True, False
         for layer in self.layers:
             layer.step = self.step
 
@@ -284,11 +335,20 @@ class RaggedCache(Cache):
             layer.seen += tokens
             layer.appended += tokens
 
-    def take_back(self, tokens: int) -> None:
-        """Forget the newest `tokens` tokens of every sequence; none of them may have been padding."""
-        self.count(-tokens)
+    def take_back(self, tokens: int, counts: Tensor | None = None) -> None:
+        """Forget the newest `tokens` columns of every sequence, exactly: segments end as they were before.
+
+        It may reach into the prompt's last tokens, which every head keeps (its window), not further.
+
+        Args:
+            tokens: columns to forget.
+            counts: int32 `[batch]`: how many of them were no padding, None for all.
+
+        Raises:
+            ValueError: if that is more than the tokens since the last compression and its window.
+        """
         for layer in self.layers:
-            layer.length -= tokens
+            layer.take_back(tokens, counts)
 
     def static_tensors(self) -> list[Tensor]:
         """Everything that a decode step reads and writes of the cache, and whose address a captured graph knows."""

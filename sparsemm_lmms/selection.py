@@ -53,6 +53,36 @@ def select(
     return _gather_columns(prefix, outside, pads, columns, window)
 
 
+def reselect(
+    method: Method, layer_idx: int, query: Tensor, key: Tensor, scaling: float, held: np.ndarray, seen: int
+) -> Selection | None:
+    """Choose again from what the heads of ONE sequence hold, judged by its newest tokens.
+
+    The rules are those of the prompt, with `seen` in the place of its length; a head cannot keep more than it holds.
+
+    Args:
+        query: post-RoPE queries of the newest tokens `[1, q_heads, t, head_dim]`; the last `window_size` of them judge.
+        key: `[1, kv_heads, m, head_dim]`; head h holds the last `held[h]` columns, all before is padding.
+        held: int64 `[kv_heads]` on the host.
+        seen: tokens of the sequence so far, evicted ones included.
+
+    Returns:
+        Columns of `key` and counts, or None where everything stays.
+    """
+    heads, columns = key.shape[1:3]
+    window = min(method.config.window_size, columns)
+    if not method.compresses or columns == window or seen < method.config.budget:
+        return None
+    pads = [columns - int(count) for count in held]
+    rows = query[0].unflatten(0, (heads, -1))  # every head is a sequence of its own: its padding is its own
+    scores = _scores(method, rows, key.transpose(0, 1), scaling, pads)[..., : columns - window].transpose(0, 1)
+    outside = method.counts(LayerPrompt(layer_idx, scores, (seen - window,)))
+    outside = np.minimum(outside, np.maximum(held - window, 0))
+    prefix = torch.topk(scores, int(outside.max()), dim=-1).indices
+    chosen = _gather_columns(prefix.transpose(0, 1), outside.T, pads, columns, window)
+    return Selection(chosen.index.transpose(0, 1).contiguous(), chosen.counts.T)
+
+
 def _scores(method: Method, query: Tensor, key: Tensor, scaling: float, pads: list[int]) -> Tensor:
     """float32 `[batch, kv_heads, L]` over the columns before the window; -inf in the padding."""
     config, columns = method.config, key.shape[2]
