@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from ._version import __version__
 
 ELSEWHERE = {
+    "bench": "bench.commands",
     "chase": "scoring.commands",
     "heads": "scoring.commands",
     "budgets": "scoring.commands",
@@ -104,5 +105,5 @@ def main() -> None:
     """Entry point. A mistake of the user ends in one sentence, not in a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # OSError: a missing file, a full disk
         raise SystemExit(f"sparsemm-lmms: {error}") from error

@@ -120,12 +120,12 @@ class HeadScores:
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:
         """Read a published or own score file; every defect is one sentence that names the file and the mend."""
         path = Path(path)
-        table, stderr = _parse(_read_text(path), path)
+        table, stderr, facts = _parse(_read_text(path), path)
         try:
             scores = cls(table, stderr, {"path": str(path)})
         except ValueError as error:
             raise ValueError(f"Head-score file {path}: {error}") from None
-        return cls(table, stderr, {**_read_provenance(path, scores.content_hash), "path": str(path)})
+        return cls(table, stderr, {**facts, **_read_provenance(path, scores.content_hash), "path": str(path)})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the scores and, beside them, their provenance, each by an atomic rename; returns the path.
@@ -166,8 +166,10 @@ def write_atomically(path: Path, text: str) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600, which a shared cache or a package can't serve
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say where
         raise
 
 
@@ -205,8 +207,8 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"Head-score file {path} is not UTF-8 text; give a JSON score file.") from None
 
 
-def _parse(text: str, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Table of means [layers, heads] and, where every head has several values, of standard errors."""
+def _parse(text: str, path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    """Table of means [layers, heads]; of standard errors, where heads have several values; what single images tell."""
     where = f"Head-score file {path}"
     try:
         pairs = json.loads(text, object_pairs_hook=list)
@@ -235,7 +237,17 @@ def _parse(text: str, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         table[place] = np.mean(numbers)  # as the research code, to the last bit
         stderr[place] = np.std(numbers, ddof=1) / np.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
     several = any(len(numbers) > 1 for numbers in entries.values())
-    return table, stderr if several else None
+    return table, stderr if several else None, _image_facts([entries[place] for place in np.ndindex(layers, heads)])
+
+
+def _image_facts(columns: list[list[float]]) -> dict[str, Any]:
+    """How far the images agree, where every head has a value of each (the published files; ours keep it beside)."""
+    images = len(columns[0])
+    if images < 4 or any(len(column) != images for column in columns):
+        return {}
+    from sparsemm_lmms.scoring.statistics import per_image_facts
+
+    return {"images": images, **per_image_facts(np.array(columns).T)}
 
 
 def _numbers(value: Any, key: str, where: str) -> list[float]:

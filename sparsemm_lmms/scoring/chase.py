@@ -29,7 +29,7 @@ from sparsemm_lmms.scoring.matching import TokenText, TokenTexts
 from sparsemm_lmms.scoring.partial import PartialResults
 from sparsemm_lmms.scoring.passes import Tally, free_running, pad_token, teacher_forced
 from sparsemm_lmms.scoring.samples import CalibrationSample, SkipLog, Skipped, checked
-from sparsemm_lmms.scoring.statistics import split_half
+from sparsemm_lmms.scoring.statistics import per_image_facts
 from sparsemm_lmms.scoring.token_grid import Views, grid_for
 
 Mode = Literal["free", "teacher"]
@@ -150,7 +150,7 @@ def reduce_records(records: list[dict[str, Any]], facts: dict[str, Any]) -> Head
         "tokens_counted": counted,
         "images_without_counted_tokens": sum(not record["counted"] for record in read),
         "skipped": skipped.summary(),
-        "split_half": split_half(table),
+        **per_image_facts(table),
         "attention_mass": np.round(mass, 9).tolist(),
     }
     return HeadScores(table.mean(axis=0), stderr, {**facts, **counts})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms.head_scores import HeadScores, write_atomically
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Find, look at and spend visual heads.")
 
@@ -44,7 +45,11 @@ def chase(
         str, typer.Option(help="generated, demo, folder:PATH, or synthdog:PATH_OR_HUB_ID; default: by the model.")
     ] = "",
     readings: Annotated[
-        ReadingKinds, typer.Option(help="transcribe: the paper's prompt; mixture: also lines and keys.")
+        ReadingKinds,
+        typer.Option(
+            help="transcribe: the paper's prompt. mixture: by page, drawn, everything, one line, or the word after a "
+            "given one; on demo pages everything, one line, or one column."
+        ),
     ] = ReadingKinds.transcribe,
     prompt: Annotated[str, typer.Option(help="Transcription prompt in place of the paper's.")] = "",
     mode: Annotated[
@@ -70,7 +75,7 @@ def chase(
     settings = ChaseSettings(mode.value, views.value, token_text, batch_size, max_new_tokens, per_token)  # type: ignore[arg-type]
     data = data or ("demo" if pretrained == "demo" else "generated")
     source = calibration_source(data, images, readings.value, prompt, seed)
-    _, loaded, processor = _load(model, pretrained, revision, device)
+    _, loaded, processor = named_model(model, pretrained, revision, device)
     name = f"demo/{model.value}" if pretrained == "demo" else pretrained
     scores = score_heads(
         loaded, processor, source, output, settings,
@@ -84,22 +89,25 @@ def chase(
 def heads(
     files: Annotated[list[Path], typer.Argument(help="One score file, or two to compare.")],
     plot: Annotated[Path | None, typer.Option(help="Picture to draw (.png or .svg).")] = None,
+    summary: Annotated[Path | None, typer.Option(help="The printed numbers as JSON.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Heads to print.")] = 10,
 ) -> None:
-    """Show where the visual heads of a score file are, or compare two files."""
-    from sparsemm_lmms.scoring.statistics import spearman, top_overlap
+    """Show where the visual heads of a score file are and how far its images agree, or compare two files."""
+    from sparsemm_lmms.scoring.summary import compare, in_words, summarise
 
     if len(files) > 2:
         raise ValueError(f"heads takes one file or two, got {len(files)}.")
     tables = [HeadScores.load(file) for file in files]
     for table in tables:
         _print_summary(table, top)
+    files_told = [{"file": file.name, **summarise(table)} for file, table in zip(files, tables, strict=True)]
+    facts: dict[str, Any] = {"files": files_told}
     if len(tables) == 2:
-        first, second = (table.values for table in tables)
-        print(
-            f"Spearman {spearman(first, second):.3f}; overlap of the top 5 % {top_overlap(first, second):.0%}, "
-            f"of the top 10 % {top_overlap(first, second, 0.1):.0%}."
-        )
+        facts["agreement"] = compare(*tables)
+        print(f"The two files: {in_words(facts['agreement'])}")
+    if summary is not None:
+        write_atomically(summary, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        print(f"Written: {summary}")
     if plot is not None:
         from sparsemm_lmms.scoring.plots import plot_heads
 
@@ -159,7 +167,7 @@ def show(
 
     compression = CompressionConfig(method=method, budget=budget, window_size=window_size)
     picture = open_image(image)
-    path, loaded, processor = _load(model, pretrained, revision, device)
+    path, loaded, processor = named_model(model, pretrained, revision, device)
     scores = resolve_head_scores(head_scores, loaded.config, path, revision, model=loaded, processor=processor)
     view = view_heads(
         loaded, processor, picture, question, scores, count=heads, max_tokens=tokens, compression=compression
@@ -169,7 +177,7 @@ def show(
     print(f"Drawn: {plot_view(view, plot, title)}")
 
 
-def _load(family: ModelFamily, pretrained: str, revision: str, device: str) -> tuple[str, Any, Any]:
+def named_model(family: ModelFamily, pretrained: str, revision: str, device: str) -> tuple[str, Any, Any]:
     """(path, model, processor) of ``--pretrained``, checked to be of ``--model``'s family."""
     from sparsemm_lmms.scoring.resolve import load_model
 
@@ -197,6 +205,8 @@ def calibration_source(data: str, images: int, readings: str = "transcribe", pro
     if data == "generated":
         return GeneratedPages(images, **options)
     if data == "demo":
+        if prompt:
+            raise ValueError("--prompt does not apply to --data demo: its models know their own questions only.")
         return DemoPages(images, "mixed" if readings == "mixture" else "all", seed)
     if kind == "folder" and where:
         return FolderPages(where, **options)
@@ -210,7 +220,7 @@ def _print_summary(scores: HeadScores, top: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sparsemm_lmms.scoring.statistics import top_share
+    from sparsemm_lmms.scoring.summary import sentences
 
     facts, values = scores.provenance, scores.values
     table = Table(title=f"{facts.get('path') or facts.get('model', '')}: {scores.layers} layers x {scores.heads} heads")
@@ -227,22 +237,8 @@ def _print_summary(scores: HeadScores, top: int) -> None:
     console = Console()
     if top:
         console.print(table)
-    console.print(
-        f"Of the total score the top 5 % of heads hold {top_share(values):.0%}, the top 10 % "
-        f"{top_share(values, 0.1):.0%}."
-    )
-    if "images" in facts:
-        skipped = facts.get("skipped", {}).get("count", 0)
-        console.print(
-            f"{facts['images']} images ({skipped} skipped), {facts['tokens_counted']} of {facts['tokens']} tokens "
-            f"counted, mode {facts['mode']}."
-        )
-    if halves := facts.get("split_half"):
-        console.print(
-            f"Two halves of the images: Spearman {halves['spearman']:.3f}, overlap of the top 10 % of heads "
-            f"{halves['top_10_percent_overlap']:.0%}."
-        )
-    console.print(f"Content hash {scores.content_hash}.")
+    for sentence in sentences(scores):
+        console.print(sentence, soft_wrap=True)
 
 
 def _print_budgets(table: Any, nominal: int) -> None:

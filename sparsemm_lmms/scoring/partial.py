@@ -34,7 +34,7 @@ class PartialResults:
 
     def __enter__(self) -> PartialResults:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        self._file = open(self.path, "a+b", buffering=0)  # nothing left in a buffer for `close` to write half of
         try:
             self._lock()
             self._read()
@@ -51,12 +51,11 @@ class PartialResults:
     def append(self, records: list[dict[str, Any]]) -> None:
         start = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError:
+            self._write(*records)
+        except OSError as error:
             os.truncate(self.path, start)  # a full disk: leave whole lines only
-            raise
+            told = f"{error.strerror}; {len(self.records)} inputs are kept: make room and run the same command again"
+            raise OSError(error.errno, told, str(self.path)) from error
         self.records.extend(records)
 
     def remove(self) -> None:
@@ -76,7 +75,7 @@ class PartialResults:
         lines = content.split(b"\n")[:-1]  # what follows the last line feed is torn
         if not lines:
             self._file.truncate(0)
-            self._write_header()
+            self._write({"sparsemm_lmms_chase": 1, "settings": self.settings})
             return
         header = _loads(lines[0])
         if header != {"sparsemm_lmms_chase": 1, "settings": self.settings}:
@@ -95,10 +94,10 @@ class PartialResults:
         self._file.truncate(keep)
         self.records = records
 
-    def _write_header(self) -> None:
-        header = {"sparsemm_lmms_chase": 1, "settings": self.settings}
-        self._file.write(json.dumps(header).encode() + b"\n")
-        self._file.flush()
+    def _write(self, *lines: dict[str, Any]) -> None:
+        rest = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        while rest:
+            rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
 
 

@@ -18,6 +18,16 @@ from sparsemm_lmms.scoring.attention import Watcher, watch
 from sparsemm_lmms.scoring.inputs import Batch, with_answers
 from sparsemm_lmms.scoring.matching import TokenTexts, matcher_of
 
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+}
+"""For `generate`: plain greedy decoding, whatever the checkpoint's generation config says."""
+
 
 @dataclass
 class Tally:
@@ -112,13 +122,8 @@ def free_running(
         listener = _Listener(batch, texts, watcher, tally, end_tokens(model, texts.tokenizer))
         model.generate(
             **batch.inputs,
+            **GREEDY,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([listener]),
         )

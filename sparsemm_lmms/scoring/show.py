@@ -19,7 +19,7 @@ from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.scoring.attention import Watcher, step_weights, watch
 from sparsemm_lmms.scoring.inputs import make_batch
-from sparsemm_lmms.scoring.passes import end_tokens, pad_token
+from sparsemm_lmms.scoring.passes import GREEDY, end_tokens, pad_token
 from sparsemm_lmms.scoring.samples import Box, CalibrationSample
 from sparsemm_lmms.scoring.token_grid import HIGH, TokenGrid, grid_for
 
@@ -95,8 +95,7 @@ def view_heads(
     family = grid_for(model.config)
     batch = make_batch([sample], processor, family, "high", model)
     (grid,) = family.grids({key: value.cpu() for key, value in batch.inputs.items()}, [image.size])
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    options["pad_token_id"] = pad_token(processor.tokenizer)
+    options = {**GREEDY, "pad_token_id": pad_token(processor.tokenizer)}
     with torch.no_grad(), watch(model, _Rows(batch.words)) as rows:
         assert isinstance(rows, _Rows)
         rows.choose(heads)

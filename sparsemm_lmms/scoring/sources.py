@@ -38,14 +38,20 @@ class FolderPages:
     prompt: str = PAPER_PROMPT
     seed: int = 0
 
-    def __iter__(self) -> Iterator[CalibrationSample | Skipped]:
+    def __len__(self) -> int:
+        return len(self._files())
+
+    def _files(self) -> list[Path]:
         folder = Path(self.folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"Folder of calibration images {folder} does not exist.")
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         if not files:
             raise FileNotFoundError(f"Folder {folder} holds no images ({', '.join(sorted(SUFFIXES))}).")
-        for file in files:
+        return files
+
+    def __iter__(self) -> Iterator[CalibrationSample | Skipped]:
+        for file in self._files():
             page = _folder_page(file)
             if isinstance(page, Skipped):
                 yield page

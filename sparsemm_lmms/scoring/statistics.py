@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 
 
@@ -54,6 +57,25 @@ def top_overlap(a: np.ndarray, b: np.ndarray, share: float = 0.05) -> float:
     return len(best[0] & best[1]) / count
 
 
+def heads_holding(values: np.ndarray, share: float = 0.5) -> int:
+    """How many of the best heads it takes to hold ``share`` of the total score.
+
+    >>> heads_holding(np.array([[4.0, 3.0], [2.0, 1.0]]), 0.5)
+    2
+    """
+    ordered = np.sort(values, axis=None)[::-1].cumsum()
+    return int(np.searchsorted(ordered, share * ordered[-1] * (1 - 1e-12)) + 1)
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Rank correlation of two tables and overlap of their best heads."""
+    return {
+        "spearman": round(spearman(a, b), 6),
+        "top_5_percent_overlap": round(top_overlap(a, b, 0.05), 6),
+        "top_10_percent_overlap": round(top_overlap(a, b, 0.10), 6),
+    }
+
+
 def split_half(tables: np.ndarray) -> dict[str, float] | None:
     """Agreement of the even and the odd samples' means: what a second run on other images would look like.
 
@@ -62,10 +84,25 @@ def split_half(tables: np.ndarray) -> dict[str, float] | None:
     if len(tables) < 4:
         return None
     even, odd = tables[::2].mean(axis=0), tables[1::2].mean(axis=0)
-    if not even.any() or not odd.any():
+    return agreement(even, odd) if even.any() and odd.any() else None
+
+
+def group_agreement(tables: np.ndarray, size: int = 50) -> dict[str, float] | None:
+    """How well disjoint groups of ``size`` samples agree, over all pairs of them: are so many images enough?
+
+    tables: as for ``split_half``. None for fewer than two full groups or a group without any hit.
+    """
+    groups = [tables[start : start + size].mean(axis=0) for start in range(0, len(tables) - size + 1, size)]
+    if len(groups) < 2 or not all(group.any() for group in groups):
         return None
-    return {
-        "spearman": round(spearman(even, odd), 6),
-        "top_5_percent_overlap": round(top_overlap(even, odd, 0.05), 6),
-        "top_10_percent_overlap": round(top_overlap(even, odd, 0.10), 6),
-    }
+    pairs = [agreement(a, b) for a, b in itertools.combinations(groups, 2)]
+    facts: dict[str, float] = {"size": size, "groups": len(groups)}
+    for key in ("spearman", "top_10_percent_overlap"):
+        found = [pair[key] for pair in pairs]
+        facts[f"{key}_mean"], facts[f"{key}_least"] = round(float(np.mean(found)), 6), min(found)
+    return facts
+
+
+def per_image_facts(tables: np.ndarray) -> dict[str, Any]:
+    """What only single images tell, for the provenance: ``split_half`` and, with 100 images, ``group_agreement``."""
+    return {"split_half": split_half(tables), "groups_of_50": group_agreement(tables, 50)}

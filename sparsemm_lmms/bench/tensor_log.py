@@ -1,0 +1,47 @@
+"""Which tensors a piece of code makes: bytes alive at the peak, and the largest one."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+
+class TensorLog(TorchDispatchMode):
+    """Inside the block every operator's outputs are counted by storage, on any device, without an allocator's help.
+
+    peak: largest sum of bytes alive at a time, of storages made inside. largest: elements of the largest single tensor
+    that owns its storage (views, which broadcast for nothing, don't count).
+
+    >>> with TensorLog() as log:
+    ...     _ = torch.zeros(10) + torch.ones(10)
+    >>> log.peak, log.largest
+    (120, 10)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.largest = self._alive = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._see, made)
+        return made
+
+    def _see(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._known:  # PyTorch keeps one Python object a storage while it is referenced
+            self._known.add(id(storage))
+            weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+            self._alive += storage.nbytes()
+            self.peak = max(self.peak, self._alive)
+            self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
+        return tensor
+
+    def _gone(self, known: int, size: int) -> None:
+        self._known.discard(known)
+        self._alive -= size
