@@ -11,6 +11,7 @@ from ..methods import METHODS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+ROUNDS = ("append", "recompress", "independent")
 DEMO = "demo"
 """`pretrained=demo` is the packaged demo model of the family."""
 
@@ -28,6 +29,7 @@ class Family:
         strip_answers: whether white space around answers is removed, as the stock model does or doesn't.
         system_prompt: the stock model's, or None for none.
         pixel_limits: (min_pixels, max_pixels) of the stock model, or None where images have no such limits.
+        reads_video: whether video is understood.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Family:
     strip_answers: bool = False
     system_prompt: str | None = None
     pixel_limits: tuple[int, int] | None = None
+    reads_video: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,12 @@ class RunOptions:
         batch_size: prompts generated together (left padded).
         head_scores: `auto`, a file, `uniform`, `random`, `layer_mean` or `permuted`: for methods that need scores.
         min_pixels, max_pixels: limits to which Qwen2-VL resizes images; None leaves the checkpoint's own.
+        compress_before_question: compress what ends with the last image before the question is seen.
+        rounds: in tasks of many rounds, `append` each prompt to the conversation's cache, `recompress` that cache after
+            it, or answer each prompt `independent`ly of those before, as the host's stock models do.
+        skip_oom: leave documents out that do not fit into memory, counted and named, instead of stopping.
+        max_num_frames: frames of a video at most.
+        fps: frames of a video a second; None for as many as `max_num_frames` allows.
     """
 
     pretrained: str
@@ -70,15 +79,24 @@ class RunOptions:
     head_scores: str = "auto"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    compress_before_question: bool = False
+    rounds: str = "append"
+    skip_oom: bool = False
+    max_num_frames: int = 32
+    fps: float | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", DTYPES), ("attn_implementation", ATTENTIONS)):
+        for name, known in (("dtype", DTYPES), ("attn_implementation", ATTENTIONS), ("rounds", ROUNDS)):
             if getattr(self, name) not in known:
                 raise ValueError(unknown_name(name, getattr(self, name), known))
         for name in ("batch_size", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if self.max_num_frames < 2:
+            raise ValueError(f"max_num_frames={self.max_num_frames} must be at least 2: two frames make one patch.")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"fps={self.fps} must be larger than 0.")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels={self.min_pixels} must not exceed max_pixels={self.max_pixels}.")
 
@@ -115,6 +133,8 @@ def known_run_options(family: Family, method: str) -> set[str]:
     names = {field.name for field in dataclasses.fields(RunOptions)}
     if family.pixel_limits is None:
         names -= {"min_pixels", "max_pixels"}
+    if not family.reads_video:
+        names -= {"max_num_frames", "fps"}
     if not METHODS[method].needs_head_scores:
         names -= {"head_scores"}
     return names
@@ -131,11 +151,11 @@ def known_settings(method: str) -> set[str]:
 
 
 def unused_settings(method: str) -> tuple[str, ...]:
-    """Settings that this method accepts but that have no effect on it."""
+    """Settings and options that this method accepts but that have no effect on it."""
     cls = METHODS[method]
     unused: tuple[str, ...] = ()
     if not cls.compresses:
-        unused += ("budget", "window_size", "redistribute")
+        unused += ("budget", "window_size", "redistribute", "compress_before_question")
     if cls.scorer != "window":
         unused += ("kernel_size", "pooling", "gqa_func")
     if "seed" not in cls.arguments and not cls.needs_head_scores:
@@ -166,4 +186,6 @@ def _refusal(family: Family, method: str, name: str, known: list[str]) -> str:
         return f"{family.name}_{method} has no argument {name!r}: it belongs to {', '.join(knowing)}."
     if name in ("min_pixels", "max_pixels"):
         return f"{family.name}_{method} has no argument {name!r}: only qwen2_vl models resize images by pixel limits."
+    if name in ("max_num_frames", "fps"):
+        return f"{family.name}_{method} has no argument {name!r}: only qwen2_vl models read video."
     return unknown_name(f"argument of {family.name}_{method}", name, known)

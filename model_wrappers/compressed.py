@@ -11,7 +11,7 @@ from ..config import CompressionConfig
 from ..head_scores import HeadScores
 from ..methods import METHODS
 from ..scoring import resolve_head_scores
-from .arguments import Family, RunOptions, known_settings, split_arguments, unused_settings
+from .arguments import Family, RunOptions, known_run_options, known_settings, split_arguments, unused_settings
 from .loading import Checkpoint, checkpoint_path, load_checkpoint, read_config
 
 FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
@@ -56,12 +56,14 @@ class CompressedModel:
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the answers, resolved: arguments, defaults and the identity of the head scores."""
-        run = {name: value for name, value in vars(self.options).items() if name != "head_scores"}
+        unused = set(unused_settings(self.method))
+        known = known_run_options(self.family, self.method) - unused - {"head_scores"}
+        run = {name: value for name, value in vars(self.options).items() if name in known}
         run |= {"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
         scores = None
         if self.head_scores is not None:
             scores = {"source": self.options.head_scores, "sha256": self.head_scores.content_hash}
-        used = known_settings(self.method) - set(unused_settings(self.method))
+        used = known_settings(self.method) - unused
         compression = {name: value for name, value in self.compression.to_dict().items() if name in used}
         return {"model": f"{self.family.name}_{self.method}", **run, **compression, "head_scores": scores}
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteriaList
 
+from ..cache import RaggedCache
 from ..session import CompressionSession
 from .generation import GenerationSettings, StepClock
 from .loading import Checkpoint
+from .media import FrameSampling, read_video
+from .prefill import cut, question_starts, run
 
 Conversation = list[dict[str, Any]]
 """Messages as lmms-eval's tasks make them: `{"role": ..., "content": [{"type": "image", "url": ...}, ...]}`."""
@@ -62,6 +66,14 @@ ROOM = 128
 """New tokens that a fresh cache has room for. Tasks often allow 1024 and get 10; a longer answer doubles the room."""
 
 
+class Prompt(NamedTuple):
+    """A prompt as the model reads it: `text` with one placeholder for each image and video."""
+
+    text: str
+    images: list[Any]
+    videos: Sequence[np.ndarray] = ()
+
+
 class Engine:
     """Generates batches with one checkpoint. The compression is chosen by the session that is passed in.
 
@@ -69,23 +81,37 @@ class Engine:
         checkpoint: model and processor.
         system_prompt: put in front of conversations that bring none, or None.
         strip_answers: remove white space around answers.
+        compress_before_question: compress what ends with the last image before the question is seen, and append the
+            question uncompressed.
+        sampling: which frames of a video are shown.
     """
 
-    def __init__(self, checkpoint: Checkpoint, system_prompt: str | None = None, strip_answers: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        system_prompt: str | None = None,
+        strip_answers: bool = False,
+        compress_before_question: bool = False,
+        sampling: FrameSampling | None = None,
+    ) -> None:
         self.model: Any = checkpoint.model  # `generate` comes from a mixin that type checkers do not see
         self.processor = checkpoint.processor
         self.system_prompt, self.strip_answers = system_prompt, strip_answers
+        self.compress_before_question, self.sampling = compress_before_question, sampling or FrameSampling()
         tokenizer = self.processor.tokenizer
         stock = self.model.generation_config.eos_token_id
         ends = stock if isinstance(stock, list) else [stock]
         self.eos = sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None})
         self.pad = tokenizer.pad_token_id
 
-    def prompt(self, conversation: Conversation) -> tuple[str, list[Any]]:
-        """The conversation as the text the model reads, and its images in order.
+    def prompt(self, conversation: Conversation, answered: bool = False) -> Prompt:
+        """The conversation as the text the model reads, its images in order and the sampled frames of its videos.
+
+        Args:
+            conversation: ends with a question, or with its answer where `answered`.
 
         Raises:
-            NotImplementedError: for video or audio.
+            NotImplementedError: for video that the family does not read, or audio.
         """
         from lmms_eval.protocol import ChatMessages  # the other host brings prompts of its own
 
@@ -94,31 +120,66 @@ class Engine:
             content = [{"type": "text", "text": self.system_prompt}]
             messages.insert(0, {"role": "system", "content": content})
         chat = ChatMessages(messages=messages)
-        images, videos, audios = chat.extract_media()
-        if videos or audios:
-            raise NotImplementedError("These models read text and images only; this task sends video or audio.")
-        return self.processor.apply_chat_template(
-            chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
-        ), images
+        text = self.processor.apply_chat_template(
+            chat.to_hf_messages(), tokenize=False, add_generation_prompt=not answered
+        )
+        parts = [part for message in chat.messages for part in message.content]
+        images = [part.url for part in parts if part.type == "image"]
+        videos = [part for part in parts if part.type == "video"]
+        family = self.model.config.model_type
+        if any(part.type == "audio" for part in parts):
+            raise NotImplementedError(f"{family} models hear nothing: this task sends audio.")
+        if videos and getattr(self.processor, "video_processor", None) is None:
+            raise NotImplementedError(f"{family} models read text and images only: this task sends video.")
+        if videos and text.count(self.processor.video_token) != len(videos):
+            raise ValueError(f"The chat template of this {family} checkpoint has no place for videos.")
+        frames = [read_video(part.url, self.sampling, part.start_time, part.end_time) for part in videos]
+        return Prompt(text, images, frames)
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Any]) -> BatchFeature:
+    def inputs(self, prompts: Sequence[str], images: Sequence[Any], videos: Sequence[Any] = ()) -> BatchFeature:
         """Model inputs of a left-padded batch, on the model's device and in its dtype."""
-        features = self.processor(text=list(prompts), images=list(images) or None, padding=True, return_tensors="pt")
+        moving = {"videos": list(videos), "do_sample_frames": False} if len(videos) else {}
+        features = self.processor(
+            text=list(prompts), images=list(images) or None, padding=True, return_tensors="pt", **moving
+        )
         return features.to(self.model.device, self.model.dtype)
+
+    def batch_inputs(self, prompts: Sequence[Prompt]) -> BatchFeature:
+        """`inputs` of whole prompts."""
+        images = [image for prompt in prompts for image in prompt.images]
+        return self.inputs([p.text for p in prompts], images, [video for p in prompts for video in p.videos])
 
     def generate(
         self, session: CompressionSession, conversations: Sequence[Conversation], settings: GenerationSettings
     ) -> Batch:
         """Answer the conversations in one batch on a fresh cache of `session`, which must be entered."""
-        prompts, images = zip(*(self.prompt(conversation) for conversation in conversations), strict=True)
-        return self.answer(session, prompts, self.inputs(prompts, [i for group in images for i in group]), settings)
-
-    def answer(
-        self, session: CompressionSession, prompts: Sequence[str], inputs: BatchFeature, settings: GenerationSettings
-    ) -> Batch:
-        """The same for prompts that are already text and model inputs."""
-        cache = session.new_cache(min(settings.max_new_tokens, ROOM))
+        prompts = [Prompt(*self.prompt(conversation)) for conversation in conversations]
+        inputs = self.batch_inputs(prompts)
+        room = min(settings.max_new_tokens, ROOM)
         clock = StepClock(self.model.device)
+        if self.splits(session):
+            first = question_starts(self.model, inputs["input_ids"])
+            parts = cut(self.model, inputs, [first, torch.full_like(first, inputs["input_ids"].shape[1])])
+            cache = session.new_cache(room + parts.ends[1] - parts.ends[0])
+            run(self.model, cache, parts, 1)
+            if settings.num_beams > 1:
+                cache.batch_repeat_interleave(settings.num_beams)
+            return self.complete(cache, parts.for_generate(), settings, prompts, clock)
+        return self.complete(session.new_cache(room), inputs, settings, prompts, clock)
+
+    def splits(self, session: CompressionSession) -> bool:
+        """Whether prompts are compressed before their question is seen."""
+        return self.compress_before_question and session.method.compresses
+
+    def complete(
+        self,
+        cache: RaggedCache,
+        inputs: Mapping[str, Any],
+        settings: GenerationSettings,
+        prompts: Sequence[Prompt],
+        clock: StepClock,
+    ) -> Batch:
+        """Generate from `inputs`, of which `cache` may hold the first columns; `clock` runs since the batch began."""
         sequences = self.model.generate(
             **inputs,
             **settings.for_generate(),
@@ -128,21 +189,10 @@ class Engine:
             stopping_criteria=StoppingCriteriaList([clock]),
         )
         clock.stop()
-        cache.check_overflow()
-        report = cache.report()
         generated = sequences[:, inputs["input_ids"].shape[1] :].cpu()
-        kept = report["kept_per_head"].double().mean(dim=(0, 2)).tolist()[:: settings.num_beams]
-        return Batch(
-            answers=self._answers(generated, inputs["attention_mask"].sum(1).tolist(), kept, settings),
-            prompts=list(prompts),
-            elapsed=clock.elapsed,
-            ttft=clock.ttft,
-            tpot=clock.tpot,
-            kv_bytes=report["kv_bytes_allocated"],
-            kv_bytes_used=report["kv_bytes_used"],
-            kv_bytes_full=report["kv_bytes_full"],
-            nominal_budget=report["nominal_budget"],
-        )
+        tokens = inputs["attention_mask"].sum(1).tolist()
+        answers = self._answers(generated, tokens, kept_tokens(cache, tokens, settings.num_beams), settings)
+        return measured(cache, answers, [prompt.text for prompt in prompts], clock)
 
     def _answers(
         self, generated: Tensor, prompt_tokens: list[int], kept: list[float], settings: GenerationSettings
@@ -159,3 +209,27 @@ class Engine:
             texts = [text.strip() for text in texts]
         rows = zip(texts, lengths, prompt_tokens, kept, strict=True)
         return [Answer(*row) for row in rows]
+
+
+def kept_tokens(cache: RaggedCache, prompt_tokens: Sequence[int], num_beams: int = 1) -> list[float]:
+    """Mean over layers and kv heads of what each sequence kept of its prompt, its uncompressed end included."""
+    kept = cache.kept_per_head().double().mean(dim=(0, 2)).tolist()[::num_beams]
+    compressed = cache.layers[0].prompt_lengths[::num_beams]
+    return [k + n - seen for k, n, seen in zip(kept, prompt_tokens, compressed, strict=True)]
+
+
+def measured(cache: RaggedCache, answers: list[Answer], prompts: list[str], clock: StepClock) -> Batch:
+    """The answers with what the stopped clock and the cache tell of their batch."""
+    cache.check_overflow()
+    report = cache.report()
+    return Batch(
+        answers=answers,
+        prompts=prompts,
+        elapsed=clock.elapsed,
+        ttft=clock.ttft,
+        tpot=clock.tpot,
+        kv_bytes=report["kv_bytes_allocated"],
+        kv_bytes_used=report["kv_bytes_used"],
+        kv_bytes_full=report["kv_bytes_full"],
+        nominal_budget=report["nominal_budget"],
+    )

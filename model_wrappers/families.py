@@ -22,4 +22,5 @@ QWEN2_VL = Family(
     strip_answers=True,
     system_prompt="You are a helpful assistant.",
     pixel_limits=(3136, 602112),
+    reads_video=True,
 )

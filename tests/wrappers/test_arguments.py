@@ -70,6 +70,11 @@ def test_a_system_prompt_can_be_switched_off() -> None:
         (QWEN, "snapkv", {"attn_implementation": "flash"}, "known: sdpa"),
         (QWEN, "snapkv", {"min_pixels": 700000}, "must not exceed max_pixels=602112"),
         (QWEN, "snapkv", {"trust_remote_code": "maybe"}, "true or false"),
+        (QWEN, "snapkv", {"compress_before_question": "perhaps"}, "compress_before_question='perhaps' is not true or"),
+        (QWEN, "snapkv", {"rounds": "appended"}, "rounds 'appended'; known: .*Did you mean 'append'"),
+        (QWEN, "snapkv", {"max_num_frames": 1}, "max_num_frames=1 must be at least 2"),
+        (QWEN, "snapkv", {"fps": 0}, "fps=0.0 must be larger than 0"),
+        (LLAVA, "snapkv", {"fps": 2}, "only qwen2_vl models read video"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(family, method, given, sentence) -> None:
@@ -80,12 +85,15 @@ def test_wrong_arguments_are_one_sentence(family, method, given, sentence) -> No
 
 def test_every_method_takes_the_shared_settings() -> None:
     for method in METHODS:
+        options, _ = split_arguments(QWEN, method, {"compress_before_question": "true", "rounds": "recompress"})
+        assert options.compress_before_question and options.rounds == "recompress"
         assert {"budget", "window_size", "seed", "redistribute", "kernel_backend"} <= known_settings(method)
 
 
 def test_settings_without_effect_are_known_as_such() -> None:
     pooled = ("kernel_size", "pooling", "gqa_func")
-    assert unused_settings("fullkv") == ("budget", "window_size", "redistribute", *pooled, "seed")
+    compression = ("budget", "window_size", "redistribute", "compress_before_question")
+    assert unused_settings("fullkv") == (*compression, *pooled, "seed")
     assert unused_settings("local_window") == (*pooled, "seed")
     assert unused_settings("snapkv") == ("seed",)
     assert unused_settings("random") == unused_settings("sparsemm") == ()

@@ -73,7 +73,7 @@ def test_a_batch_answers_as_its_prompts_alone(engine: Engine, method: str) -> No
 def test_statistics_of_a_batch(engine: Engine) -> None:
     with compress(engine.model, CompressionConfig(method="snapkv", budget=24, window_size=8)) as session:
         batch = engine.generate(session, MIXED, SETTINGS)
-    prompts = [engine.inputs([text], images)["input_ids"].shape[1] for text, images in map(engine.prompt, MIXED)]
+    prompts = [engine.batch_inputs([engine.prompt(messages)])["input_ids"].shape[1] for messages in MIXED]
     assert [answer.prompt_tokens for answer in batch.answers] == prompts
     assert [answer.kept_tokens for answer in batch.answers] == [24.0 if n > 24 else n for n in prompts]
     text = engine.model.config.get_text_config()
@@ -99,13 +99,8 @@ def test_output_tokens_count_the_end_token_but_no_padding(engine: Engine) -> Non
 def test_a_system_prompt_comes_first_and_only_once(engine: Engine) -> None:
     told = Engine.__new__(Engine)
     told.__dict__ |= {**vars(engine), "system_prompt": "Be brief."}
-    text, images = told.prompt(MIXED[0])
+    text, images, _ = told.prompt(MIXED[0])
     assert text.startswith("system: Be brief.user: ") and len(images) == 1
     own = [{"role": "system", "content": [{"type": "text", "text": "Mine."}]}, *MIXED[0]]
     assert told.prompt(own)[0].count("system:") == 1
     assert MIXED[0][0]["role"] == "user"  # the task's messages are left alone
-
-
-def test_video_is_refused(engine: Engine) -> None:
-    with pytest.raises(NotImplementedError, match="text and images only"):
-        engine.prompt([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
