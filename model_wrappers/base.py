@@ -10,7 +10,6 @@ from accelerate import Accelerator, DistributedType
 from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
@@ -20,9 +19,10 @@ from .arguments import unused_settings
 from .compressed import CompressedModel
 from .engine import Conversation, Engine
 from .generation import GenerationSettings
+from .host import install
 from .loading import resolve_device
 from .names import class_name
-from .statistics import CacheTokenCounts, RunStatistics, numeric_settings
+from .statistics import CacheTokenCounts, RunStatistics
 
 T = TypeVar("T", bound="CompressedChatModel")
 
@@ -38,6 +38,8 @@ class CompressedChatModel(CompressedModel, lmms):
 
     def __init__(self, max_batch_size: Any = None, **model_args: Any) -> None:
         super().__init__()
+        install(CompressedChatModel)
+        self.statistics: list[RunStatistics] = []
         del max_batch_size  # the host's, for automatic batch sizes, which `batch_size` refuses
         self.configure(model_args)
         self.accelerator = _accelerator()
@@ -83,7 +85,7 @@ class CompressedChatModel(CompressedModel, lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer the requests, in their order. Any exception aborts the run; no answer is made up."""
-        engine, statistics = self._working_engine(), RunStatistics(self.device)
+        engine, statistics = self._working_engine(), RunStatistics.start(self.device)
         results: list[GenerationResult | None] = [None] * len(requests)
         with (
             compress(self.model, self.compression, self.head_scores) as session,
@@ -93,7 +95,7 @@ class CompressedChatModel(CompressedModel, lmms):
                 batch = engine.generate(session, [self._conversation(requests[i]) for i in picked], settings)
                 statistics.add(batch, [not _is_padding(requests[i]) for i in picked])
                 for i, answer, prompt in zip(picked, batch.answers, batch.prompts, strict=True):
-                    results[i] = GenerationResult(answer.text, CacheTokenCounts.of(answer))
+                    results[i] = GenerationResult(answer.text, CacheTokenCounts.of(answer, batch))
                     self.cache_hook.add_partial("generate_until", (prompt, requests[i].args[2]), answer.text)
                 bar.update(len(picked))
         self._log(statistics)
@@ -135,13 +137,9 @@ class CompressedChatModel(CompressedModel, lmms):
     # -- records -------------------------------------------------------------------------------------------------------
 
     def _log(self, statistics: RunStatistics) -> None:
-        if not statistics.answers:
-            return
-        tokens, seconds = statistics.output_tokens, statistics.elapsed
-        numbers = {**statistics.metrics(), **numeric_settings(self.settings())}
-        if self.head_scores is not None:  # the results JSON takes numbers only: 48 bits fit a double exactly
-            numbers["head_scores_sha256_48bit"] = int(self.head_scores.content_hash[:12], 16)
-        log_metrics(seconds, tokens, tokens / seconds if seconds > 0 else 0.0, additional_metrics=numbers)
+        """Keep what one call measured; at the end of a run the numbers of all calls and processes replace its log."""
+        self.statistics.append(statistics)
+        statistics.log()
 
     def _announce(self, model_args: dict[str, Any]) -> None:
         self._say(f"Settings: {json.dumps(self.settings(), default=str)}")

@@ -23,6 +23,8 @@ ELSEWHERE = {
     "heads": "scoring.commands",
     "budgets": "scoring.commands",
     "show": "scoring.commands",
+    "eval": "model_wrappers.commands",
+    "rerun": "model_wrappers.commands",
 }
 """Commands by the module whose Typer `app` holds them. It is imported when the command is asked for."""
 
@@ -71,11 +73,15 @@ def _options(
 @app.command()
 def tasks() -> None:
     """Print the folder of this package's tasks, for lmms-eval's --include_path."""
-    # found without importing: the folder is mapped into the package from the top of the repository
+    print(tasks_folder())
+
+
+def tasks_folder() -> Path:
+    """The folder of this package's tasks, found without importing anything: it is mapped in from `task_overrides/`."""
     spec = importlib.util.find_spec("sparsemm_lmms.task_overrides")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("The tasks are not installed; reinstall sparsemm-lmms.")
-    print(Path(next(iter(spec.submodule_search_locations))).resolve())
+    return Path(next(iter(spec.submodule_search_locations))).resolve()
 
 
 @app.command()

@@ -98,7 +98,7 @@ def cache_file(
     layers, heads, _ = text_shape(config)
     folder = Path(pretrained)
     if folder.is_dir():
-        name, version = str(folder.resolve()), _folder_version(folder)
+        name, version = str(folder.resolve()), folder_version(folder)
     else:
         name, version = pretrained, getattr(config, "_commit_hash", None) or revision or "main"
     readable = "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{Path(name).name}-{version}")[:80]
@@ -125,7 +125,7 @@ def _as_config(config: Any) -> Any:
     return built
 
 
-def _folder_version(folder: Path) -> str:
+def folder_version(folder: Path) -> str:
     """Changes when a weight or config file of a local model does: names, sizes, times."""
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
     looks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

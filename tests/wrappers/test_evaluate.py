@@ -57,10 +57,11 @@ def test_every_name_evaluates_a_local_task(name: str, arguments: Callable[..., s
     assert compressed == (throughput["avg_kv_bytes_used"] < throughput["avg_kv_bytes_full"])
     assert ("avg_nominal_budget" in throughput) == compressed
     assert throughput["avg_ttft_ms"] > 0 and throughput["avg_tpot_ms"] > 0 and throughput["avg_peak_memory"] > 0
-    assert throughput.get("avg_config_budget") == (20 if compressed else None)  # nothing that had no effect is recorded
-    assert throughput.get("avg_config_beta") == (20 if name.endswith("pyramidkv") else None)
-    assert throughput.get("avg_config_max_pixels") == (23520 if name.startswith("qwen2_vl") else None)
-    assert ("avg_head_scores_sha256_48bit" in throughput) == method.needs_head_scores
+    record = results["sparsemm_lmms"]
+    assert record["settings"].get("budget") == (20 if compressed else None)  # nothing that had no effect is recorded
+    assert record["settings"].get("beta") == (20 if name.endswith("pyramidkv") else None)
+    assert record["settings"].get("max_pixels") == (23520 if name.startswith("qwen2_vl") else None)
+    assert (record["settings"]["head_scores"] is not None) == method.needs_head_scores
     counts = [sample["token_counts"][0] for sample in samples]
     assert throughput["total_gen_tokens"] == sum(count["output_tokens"] for count in counts)
     assert throughput["avg_kept_tokens"] == pytest.approx(sum(c["kept_tokens"] for c in counts) / len(counts), abs=1e-3)
@@ -165,7 +166,7 @@ def test_the_settings_are_logged_resolved(arguments: Callable[..., str]) -> None
 
 
 def test_arguments_are_refused_before_loading(arguments: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsemm_lmms.model_wrappers.base.load_checkpoint", None)
+    monkeypatch.setattr("sparsemm_lmms.model_wrappers.compressed.load_checkpoint", None)
     with pytest.raises(ValueError, match="Did you mean 'budget'"):
         load("llava_next_snapkv", arguments("llava_next_snapkv", budgett=3))
     with pytest.raises(ValueError, match="not of the form name=value"):
@@ -208,7 +209,7 @@ def test_head_scores_by_word_and_by_file(
 def test_bad_score_files_stop_before_loading(
     arguments: Callable[..., str], tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsemm_lmms.model_wrappers.base.load_checkpoint", None)
+    monkeypatch.setattr("sparsemm_lmms.model_wrappers.compressed.load_checkpoint", None)
     path = tmp_path / "scores.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=str(path)):

@@ -1,0 +1,164 @@
+"""`sparsemm-lmms eval` and `rerun`: lmms-eval's own command line with this package's tasks, and runs from records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..cli import tasks_folder
+from .records import KEY
+
+app = typer.Typer()
+NOT_REPEATED = {"config": None, "use_cache": None, "hf_hub_log_args": "", "wandb_args": "", "swanlab_args": ""}
+"""Arguments that a rerun leaves out: its own configuration is the record, and it neither reuses nor publishes."""
+
+
+@app.command(
+    name="eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def evaluate(context: typer.Context) -> None:
+    """lmms-eval with this package's tasks (`sparsemm_paper`, ...); all arguments are lmms-eval's."""
+    sys.argv = ["lmms-eval", *context.args]
+    run_host()
+
+
+@app.command()
+def rerun(
+    results: Annotated[Path, typer.Argument(help="A *_results.json of one of this package's models.")],
+    output_path: Annotated[Path | None, typer.Option(help="Where the new results go; default: nowhere.")] = None,
+) -> None:
+    """Repeat a run from its record and say whether the metrics are equal (exit status 1 if not)."""
+    old = read_results(results)
+    arguments = old["config"].get("resolved_cli_args")
+    if not arguments:
+        raise ValueError(f"{results} was made from Python, not by lmms-eval's command line, so it cannot be repeated.")
+    own = {"output_path": None if output_path is None else str(output_path)}
+    if output_path is None:
+        own["log_samples"] = False
+    sys.argv = ["lmms-eval"]
+    found = run_host(argparse.Namespace(**{**arguments, **NOT_REPEATED, **own}))
+    if not found:  # not the first process
+        return
+    new = json.loads(json.dumps(found[0], default=str))
+    for line in differences(old[KEY], new[KEY]):
+        print(line)
+    if not print_comparison(metrics(old), metrics(new)):
+        raise SystemExit(f"sparsemm-lmms: The metrics differ from those in {results}.")
+    print(f"All metrics equal those in {results}.")
+
+
+def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]]:
+    """Run lmms-eval's command line in this process, with our folder beside the user's `--include_path`.
+
+    Args:
+        arguments: stand in place of those in `sys.argv`.
+
+    Returns:
+        the results of each run that this process has (the first process has them all).
+
+    Raises:
+        ValueError, OSError: the first mistake in a run; lmms-eval itself goes on and reports success.
+        SystemExit: any other failure, whose traceback lmms-eval has printed.
+    """
+    from lmms_eval import __main__ as host
+
+    found: list[dict[str, Any]] = []
+    failures: list[Exception] = []
+    single, manager = host.cli_evaluate_single, host.TaskManager
+
+    def remembering(args: argparse.Namespace) -> Any:
+        try:
+            results, samples = single(args)
+        except Exception as error:
+            failures.append(error)
+            raise
+        found.extend([results] if results is not None else [])
+        return results, samples
+
+    def with_our_tasks(*args: Any, include_path: str | list[str] | None = None, **named: Any) -> Any:
+        theirs = [include_path] if isinstance(include_path, str) else list(include_path or [])
+        return manager(*args, include_path=[*theirs, str(tasks_folder())], **named)
+
+    with _replaced(host, cli_evaluate_single=remembering, TaskManager=with_our_tasks):
+        host.cli_evaluate(arguments)
+    if failures:
+        if isinstance(failures[0], (ValueError, OSError)):
+            raise failures[0]
+        raise SystemExit(1)
+    return found
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A results file of one of our models.
+
+    Raises:
+        FileNotFoundError, ValueError: with one sentence.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no results file {path}; give the *_results.json of a run.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON file ({error}); give the *_results.json of a run.") from None
+    if not isinstance(data, dict) or KEY not in data:
+        raise ValueError(f"{path} has no record under {KEY!r}: it was not made by one of this package's models.")
+    return data
+
+
+def metrics(results: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """(task, metric) -> value, standard errors left out."""
+    return {
+        (task, name): float(value)
+        for task, values in results["results"].items()
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "_stderr" not in name
+    }
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """One line for each setting, version or machine that is not the recorded one."""
+    parts = ("settings", "environment", "evaluation") if not path else sorted({*old, *new})
+    for name in parts:
+        before, after = old.get(name), new.get(name)
+        where = f"{path}.{name}" if path else name
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, where)
+        elif before != after:
+            yield f"{where}: {before} in the record, {after} now"
+
+
+def print_comparison(old: dict[tuple[str, str], float], new: dict[tuple[str, str], float]) -> bool:
+    """Print recorded and new metrics side by side; True if all are equal."""
+    table = Table("Task", "Metric", "Record", "Now", "")
+    same = True
+    for task, name in sorted({*old, *new}):
+        before, after = old.get((task, name), math.nan), new.get((task, name), math.nan)
+        equal = before == after or (math.isnan(before) and math.isnan(after) and {(task, name)} <= {*old} & {*new})
+        same &= equal
+        table.add_row(task, name, f"{before:.6g}", f"{after:.6g}", "equal" if equal else "differs")
+    Console().print(table)
+    return same
+
+
+@contextmanager
+def _replaced(module: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
