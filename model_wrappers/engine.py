@@ -153,7 +153,10 @@ class Engine:
         self, session: CompressionSession, conversations: Sequence[Conversation], settings: GenerationSettings
     ) -> Batch:
         """Answer the conversations in one batch on a fresh cache of `session`, which must be entered."""
-        prompts = [Prompt(*self.prompt(conversation)) for conversation in conversations]
+        return self.answer(session, [Prompt(*self.prompt(conversation)) for conversation in conversations], settings)
+
+    def answer(self, session: CompressionSession, prompts: Sequence[Prompt], settings: GenerationSettings) -> Batch:
+        """The same for prompts that are already text."""
         inputs = self.batch_inputs(prompts)
         room = min(settings.max_new_tokens, ROOM)
         clock = StepClock(self.model.device)
