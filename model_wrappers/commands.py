@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cli import tasks_folder
+from ..config import unknown_name
+from .names import FAMILIES, METHODS
 from .records import KEY
 
 app = typer.Typer()
@@ -74,8 +78,11 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
     """
     from lmms_eval import __main__ as host
 
+    if not sys.argv[1:] and arguments is None:
+        raise ValueError("eval needs lmms-eval's arguments, for example --model llava_next_sparsemm --tasks ocrbench.")
     found: list[dict[str, Any]] = []
     failures: list[Exception] = []
+    tasks: list[str] = []
     single, manager = host.cli_evaluate_single, host.TaskManager
 
     def remembering(args: argparse.Namespace) -> Any:
@@ -89,15 +96,38 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
 
     def with_our_tasks(*args: Any, include_path: str | list[str] | None = None, **named: Any) -> Any:
         theirs = [include_path] if isinstance(include_path, str) else list(include_path or [])
-        return manager(*args, include_path=[*theirs, str(tasks_folder())], **named)
+        made = manager(*args, include_path=[*theirs, str(tasks_folder())], **named)
+        tasks[:] = made.all_tasks
+        return made
 
+    _check_model(arguments or host.parse_eval_args()[1])
     with _replaced(host, cli_evaluate_single=remembering, TaskManager=with_our_tasks):
         host.cli_evaluate(arguments)
     if failures:
-        if isinstance(failures[0], (ValueError, OSError)):
-            raise failures[0]
-        raise SystemExit(1)
+        _raise(failures[0], tasks)
     return found
+
+
+def _check_model(arguments: argparse.Namespace) -> None:
+    """Refuse a misspelled `--model` before anything is loaded; names in a `--config` file are lmms-eval's to check."""
+    from lmms_eval.models import list_available_models
+
+    known = list_available_models(include_aliases=True)
+    if not arguments.config and arguments.tasks and arguments.model not in known:
+        ours = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
+        raise ValueError(unknown_name("--model", arguments.model, ours) + " lmms-eval's own: `lmms-eval models`.")
+
+
+def _raise(error: Exception, tasks: list[str]) -> None:
+    """What lmms-eval has printed and passed over, as the end of this process."""
+    if not isinstance(error, (ValueError, OSError)):
+        raise SystemExit(1)
+    missing = re.match(r"Tasks not found: ([^,. ]+)", str(error))
+    nearest = difflib.get_close_matches(missing[1], tasks, n=1) if missing else []
+    if missing:
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"Unknown task {missing[1]!r} in --tasks; `lmms-eval tasks list` prints all.{hint}")
+    raise error
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -34,12 +34,12 @@ def install(kind: type) -> None:
     """Wrap the three functions of the host, once a process. `kind` is the class of our models."""
     if hasattr(lmms_eval.evaluator.evaluate, KEY):
         return
-    _wrap(ConfigurableTask, "_prepare_model_specific_config", _with_stock_prompts)
-    _wrap(EvaluationTracker, "save_results_aggregated", _in_a_folder_of_its_own)
-    _wrap(lmms_eval.evaluator, "evaluate", functools.partial(_recorded, kind))
+    wrap(ConfigurableTask, "_prepare_model_specific_config", _with_stock_prompts)
+    wrap(EvaluationTracker, "save_results_aggregated", _in_a_folder_of_its_own)
+    wrap(lmms_eval.evaluator, "evaluate", functools.partial(_recorded, kind))
 
 
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Replace `owner.name` by `around(original, *args, **kwargs)`."""
     original = getattr(owner, name)
 
@@ -72,7 +72,8 @@ def _recorded(kind: type, original: Callable[..., Any], *args: Any, **kwargs: An
     if not isinstance(model, kind):
         return original(*args, **kwargs)
 
-    settings, where = {**model.settings(), "system_prompt": model.system_prompt}, environment(model)
+    settings = {**model.settings(), "system_prompt": model.system_prompt, "device": model.device.type}  # of all ranks
+    where = environment(model)
     identity = {"settings": settings, "environment": {key: value for key, value in where.items() if key != "gpu"}}
     if cache is not None:
         _set_apart(cache, fingerprint(identity))

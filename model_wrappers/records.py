@@ -43,7 +43,6 @@ def environment(model: CompressedModel) -> dict[str, Any]:
         "versions": {**versions(), "python": platform.python_version()},
         "git_commit": git_commit(),
         "gpu": torch.cuda.get_device_name(weights.device) if cuda else None,
-        "device": weights.device.type,
         "kernel_backend": resolve_backend(model.compression.kernel_backend, weights),
         "checkpoint": checkpoint_version(model.family, model.options, model.model.config),
         "image_size": None if images is None else {k: v for k, v in dict(images.size).items() if v is not None},
