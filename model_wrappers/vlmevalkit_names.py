@@ -1,0 +1,221 @@
+"""Names under which VLMEvalKit knows our models: `LLaVA-NeXT-Vicuna-7B_sparsemm_b64_w16`.
+
+The host keys its outputs by the model's name and `--reuse` never compares arguments. So a name states everything that
+changes the answers: `<checkpoint>_<method>_b<budget>`, then one word for each setting that is not the default. No
+name contains `Qwen2-VL`, to which the host passes arguments of its own (hence `Qwen2VL`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import CompressionConfig, parse_value, unknown_name
+from ..head_scores import HeadScores
+from ..methods import METHODS
+from .arguments import known_settings, unused_settings
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint: its family, and the host's own name for it (None for the packaged demo models).
+
+    `spread` models need several GPUs: accelerate's device map places them.
+    """
+
+    family: str
+    stock: str | None
+    spread: bool = False
+
+
+BASES = {
+    "LLaVA-NeXT-Vicuna-7B": Base("llava_next", "llava_next_vicuna_7b"),
+    "LLaVA-NeXT-Vicuna-13B": Base("llava_next", "llava_next_vicuna_13b"),
+    "LLaVA-NeXT-Mistral-7B": Base("llava_next", "llava_next_mistral_7b"),
+    "LLaVA-NeXT-Llama3-8B": Base("llava_next", "llava_next_llama3"),
+    "LLaVA-NeXT-Yi-34B": Base("llava_next", "llava_next_yi_34b", spread=True),
+    "LLaVA-NeXT-Qwen-72B": Base("llava_next", "llava_next_72b", spread=True),
+    "LLaVA-NeXT-Qwen-110B": Base("llava_next", "llava_next_110b", spread=True),
+    "LLaVA-NeXT-Demo": Base("llava_next", None),
+    "Qwen2VL-2B-Instruct": Base("qwen2_vl", "Qwen2-VL-2B-Instruct"),
+    "Qwen2VL-7B-Instruct": Base("qwen2_vl", "Qwen2-VL-7B-Instruct"),
+    "Qwen2VL-72B-Instruct": Base("qwen2_vl", "Qwen2-VL-72B-Instruct", spread=True),
+    "Qwen2VL-Demo": Base("qwen2_vl", None),
+}
+LISTED_BUDGETS = (64, 128, 256, 512, 1024)
+"""Budgets that `register` lists by itself; any other is resolved when it is asked for."""
+
+NUMBERS = {
+    "b": ("budget", "int"),
+    "w": ("window_size", "int"),
+    "k": ("kernel_size", "int"),
+    "r": ("ratio", "float"),
+    "f": ("floor_ratio", "float"),
+    "skip": ("skip", "int"),
+    "beta": ("beta", "int"),
+    "m": ("mask_ratio", "float"),
+    "s": ("seed", "int"),
+    "minp": ("min_pixels", "int"),
+    "maxp": ("max_pixels", "int"),
+    "new": ("max_new_tokens", "int"),
+}
+"""Word in a name, followed by its number -> setting."""
+
+FLAGS: dict[str, tuple[str, Any]] = {
+    "maxpool": ("pooling", "maxpool"),
+    "gqamax": ("gqa_func", "max"),
+    "nonorm": ("normalize", False),
+    "redist": ("redistribute", True),
+    "cbq": ("compress_before_question", True),
+    "fp32": ("dtype", "float32"),
+    "bf16": ("dtype", "bfloat16"),
+    "fp16": ("dtype", "float16"),
+    "eager": ("attn_implementation", "eager"),
+    "fa2": ("attn_implementation", "flash_attention_2"),
+    "torch": ("kernel_backend", "torch"),
+    "triton": ("kernel_backend", "triton"),
+    "stockgen": ("generation", "stock"),
+    "dataprompt": ("use_custom_prompt", False),
+}
+"""Word in a name -> setting and its value."""
+
+CONTROLS = {"uniform": "uniform", "random": "random", "layermean": "layer_mean", "permuted": "permuted"}
+"""Word after `hs-` -> `head_scores`; `hs-<8 hex digits>` stands for a score file by the hash of its content."""
+
+HASH_DIGITS = 8
+
+
+def listed_names() -> list[str]:
+    """Every checkpoint with every method, at the usual budgets."""
+    names = []
+    for base in BASES:
+        for method, cls in METHODS.items():
+            stem = f"{base}_{method}"
+            names += [f"{stem}_b{budget}" for budget in LISTED_BUDGETS] if cls.compresses else [stem]
+    return names
+
+
+def is_ours(name: str) -> bool:
+    """Whether `name` is meant to be one of ours: a known checkpoint before, or a known method after an underscore."""
+    base, _, rest = name.partition("_")
+    return bool(rest) and (base in BASES or any(_starts_with_word(rest, method) for method in METHODS))
+
+
+def parse_name(name: str, score_files: Mapping[str, str]) -> tuple[Base, str, dict[str, Any]]:
+    """(checkpoint, method, settings) of a name.
+
+    Args:
+        name: for example `Qwen2VL-7B-Instruct_snapkv_b128_w16`.
+        score_files: first 8 digits of a content hash -> path of the head scores (see `hash_scores`).
+
+    Raises:
+        ValueError: one sentence on the part that is unknown, without effect, doubled or missing.
+    """
+    base, _, rest = name.partition("_")
+    if base not in BASES:
+        raise ValueError(unknown_name("checkpoint", base, tuple(BASES)) + f" The model name was {name!r}.")
+    method = max((m for m in METHODS if _starts_with_word(rest, m)), key=len, default=None)
+    if method is None:
+        raise ValueError(unknown_name("method", rest.partition("_")[0], tuple(METHODS)) + f" In model name {name!r}.")
+    settings: dict[str, Any] = {}
+    for word in rest[len(method) :].split("_")[1:]:
+        setting, value = _read_word(word, name, score_files)
+        if setting in settings:
+            raise ValueError(f"Model name {name!r} states {setting} twice; keep one of the two.")
+        _check_effect(setting, word, name, method)
+        settings[setting] = value
+    if METHODS[method].compresses and "budget" not in settings:
+        raise ValueError(f"Model name {name!r} does not state its budget; call it {name}_b256, for example.")
+    return BASES[base], method, settings
+
+
+def name_suffix(method: str, settings: Mapping[str, Any]) -> str:
+    """`<method>_b<budget>...`: the part of a name that tells `settings` (those that differ from the defaults).
+
+    >>> name_suffix("snapkv", {"window_size": 16, "budget": 128, "pooling": "maxpool"})
+    'snapkv_b128_w16_maxpool'
+    """
+    words = [f"{word}{settings[name]}" for word, (name, _) in NUMBERS.items() if settings.get(name) is not None]
+    words += [word for word, (name, value) in FLAGS.items() if name in settings and settings[name] == value]
+    if settings.get("head_scores") is not None:
+        words.append(_scores_word(settings["head_scores"]))
+    if settings.get("system_prompt") is not None:  # a text: told by its hash, so only `--config` files can state it
+        words.append(f"sys-{hashlib.sha256(settings['system_prompt'].encode()).hexdigest()[:HASH_DIGITS]}")
+    return "_".join([method, *words])
+
+
+def telling_settings(method: str, compression: CompressionConfig, others: Iterable[tuple[str, Any, Any]]) -> dict:
+    """The settings that a name must tell: the budget, and all that differ from their default and have an effect.
+
+    Args:
+        others: (name, value, default) of the settings that are not the compression's.
+    """
+    used = known_settings(method) - set(unused_settings(method))
+    fields = [(f.name, getattr(compression, f.name), f.default) for f in dataclasses.fields(CompressionConfig)]
+    told = {name: value for name, value, default in fields if name in used and value != default}
+    if METHODS[method].compresses:
+        told["budget"] = compression.budget
+    return told | {name: value for name, value, default in others if value != default}
+
+
+def hash_scores(files: Iterable[str | Path]) -> dict[str, str]:
+    """First digits of the content hash -> path, for the score files that names may refer to.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence for a file that holds no head scores.
+    """
+    return {HeadScores.load(file).content_hash[:HASH_DIGITS]: str(file) for file in files}
+
+
+def _starts_with_word(text: str, word: str) -> bool:
+    return text == word or text.startswith(word + "_")
+
+
+def _read_word(word: str, name: str, score_files: Mapping[str, str]) -> tuple[str, Any]:
+    if word in FLAGS:
+        return FLAGS[word]
+    if word.startswith("hs-"):
+        return "head_scores", _read_scores(word, name, score_files)
+    match = re.fullmatch(r"([a-z]+?)([\d.].*)", word)
+    if match is None or match[1] not in NUMBERS:
+        known = [f"{w}<{setting}>" for w, (setting, _) in NUMBERS.items()] + [*FLAGS, "hs-<head scores>"]
+        raise ValueError(f"Model name {name!r}: {word!r} is no setting; known: {', '.join(known)}.")
+    setting, kind = NUMBERS[match[1]]
+    return setting, parse_value(f"{setting} (in model name {name!r})", match[2], kind)
+
+
+def _read_scores(word: str, name: str, score_files: Mapping[str, str]) -> str:
+    """`hs-permuted`, `hs-1a2b3c4d` or `hs-permuted-1a2b3c4d` -> the value of `head_scores`."""
+    control, _, digits = word.removeprefix("hs-").rpartition("-")
+    if not control and digits in CONTROLS:
+        return CONTROLS[digits]
+    if control and control not in CONTROLS:
+        raise ValueError(unknown_name("head scores", control, tuple(CONTROLS)) + f" In model name {name!r}.")
+    if digits not in score_files:
+        given = ", ".join(f"{path} is hs-{known}" for known, path in score_files.items()) or "none was given"
+        raise ValueError(
+            f"Model name {name!r} refers to head scores {digits!r} ({given}); give their file with --head-scores, or "
+            f"one of {', '.join(f'hs-{control}' for control in CONTROLS)}."
+        )
+    return f"{CONTROLS[control]}:{score_files[digits]}" if control else score_files[digits]
+
+
+def _scores_word(spec: str) -> str:
+    control, _, rest = spec.partition(":")
+    words = {value: word for word, value in CONTROLS.items()}
+    files = [rest] if control in words and rest else [] if control in words else [spec]
+    parts = [words[control]] if control in words else []
+    return "-".join(["hs", *parts, *hash_scores(files)])
+
+
+def _check_effect(setting: str, word: str, name: str, method: str) -> None:
+    """Refuse a setting of another method, or one that has no effect: its name would tell a difference there isn't."""
+    of_another = setting in {f.name for f in dataclasses.fields(CompressionConfig)} - known_settings(method)
+    needless = setting == "head_scores" and not METHODS[method].needs_head_scores
+    if of_another or needless or setting in unused_settings(method):
+        raise ValueError(f"Model name {name!r}: {word!r} ({setting}) has no effect on {method}; leave it out.")
