@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from . import decode
 from .attention import PREFIX, register
 from .cache import RaggedCache
 from .config import CompressionConfig
@@ -41,6 +42,14 @@ class CompressionSession:
         """An empty cache for one batch, with room for `max_new_tokens` more tokens (128 when None, then it grows)."""
         self.cache = RaggedCache(self.method, max_new_tokens)
         return self.cache
+
+    def generate(self, *, cuda_graph: str = "auto", **kwargs: Any) -> Any:
+        """`model.generate(**kwargs)`, the same tokens sooner: see `sparsemm_lmms.decode`.
+
+        Args:
+            cuda_graph: `auto` captures decode steps on CUDA where possible, `on` insists, `off` is the stock loop.
+        """
+        return decode.generate(self.model, cuda_graph=cuda_graph, **kwargs)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
