@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import CompressionConfig, parse_value, unknown_name
+from ..config import CUDA_GRAPHS, CompressionConfig, parse_value, unknown_name
 from ..methods import METHODS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,6 +65,7 @@ class RunOptions:
         skip_oom: leave documents out that do not fit into memory, counted and named, instead of stopping.
         max_num_frames: frames of a video at most.
         fps: frames of a video a second; None for as many as `max_num_frames` allows.
+        cuda_graph: decode steps as one CUDA graph: `auto` where possible, `on` insists, `off` is transformers' loop.
     """
 
     pretrained: str
@@ -84,9 +85,11 @@ class RunOptions:
     skip_oom: bool = False
     max_num_frames: int = 32
     fps: float | None = None
+    cuda_graph: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", DTYPES), ("attn_implementation", ATTENTIONS), ("rounds", ROUNDS)):
+        words = {"dtype": DTYPES, "attn_implementation": ATTENTIONS, "rounds": ROUNDS, "cuda_graph": CUDA_GRAPHS}
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(unknown_name(name, getattr(self, name), known))
         for name in ("batch_size", "min_pixels", "max_pixels"):

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import BatchFeature, StoppingCriteriaList
 
 from ..cache import RaggedCache
+from .. import decode
+from ..decode_graph import check_mode
 from ..session import CompressionSession
 from .generation import GenerationSettings, StepClock
 from .loading import Checkpoint
@@ -84,6 +86,7 @@ class Engine:
         compress_before_question: compress what ends with the last image before the question is seen, and append the
             question uncompressed.
         sampling: which frames of a video are shown.
+        cuda_graph: `auto`, `on` or `off`, see `sparsemm_lmms.decode.generate`.
     """
 
     def __init__(
@@ -93,9 +96,12 @@ class Engine:
         strip_answers: bool = False,
         compress_before_question: bool = False,
         sampling: FrameSampling | None = None,
+        cuda_graph: str = "auto",
     ) -> None:
         self.model: Any = checkpoint.model  # `generate` comes from a mixin that type checkers do not see
         self.processor = checkpoint.processor
+        self.cuda_graph = cuda_graph
+        check_mode(cuda_graph, self.model.device)
         self.system_prompt, self.strip_answers = system_prompt, strip_answers
         self.compress_before_question, self.sampling = compress_before_question, sampling or FrameSampling()
         tokenizer = self.processor.tokenizer
@@ -183,7 +189,9 @@ class Engine:
         clock: StepClock,
     ) -> Batch:
         """Generate from `inputs`, of which `cache` may hold the first columns; `clock` runs since the batch began."""
-        sequences = self.model.generate(
+        sequences = decode.generate(
+            self.model,
+            cuda_graph=self.cuda_graph,
             **inputs,
             **settings.for_generate(),
             past_key_values=cache,

@@ -94,6 +94,8 @@ class StepClock(StoppingCriteria):
     On CUDA it waits for the device twice in all, at the first token and at the end, so decoding is not slowed.
     """
 
+    only_looks_on = True  # the decode loop may check the end late and take steps back
+
     def __init__(self, device: torch.device) -> None:
         self.device, self.steps = device, 0
         self.first: float | None = None

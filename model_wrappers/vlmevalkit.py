@@ -105,7 +105,11 @@ class CompressedVLM(CompressedModel):
         self.host, self.options, self.compression = self.check(method, given)
         checkpoint = self.load(resolve_device(self.options))
         self.processor = checkpoint.processor
-        self.engine = Engine(checkpoint, compress_before_question=self.options.compress_before_question)
+        self.engine = Engine(
+            checkpoint,
+            compress_before_question=self.options.compress_before_question,
+            cuda_graph=self.options.cuda_graph,
+        )
         self.use_stock_attributes()
         entered = ExitStack()
         self.session = entered.enter_context(compress(self.model, self.compression, self.head_scores))

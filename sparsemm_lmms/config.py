@@ -10,6 +10,7 @@ from typing import Any
 POOLINGS = ("avgpool", "maxpool")
 GQA_FUNCS = ("mean", "max")
 KERNEL_BACKENDS = ("auto", "triton", "torch")
+CUDA_GRAPHS = ("auto", "on", "off")
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache import RaggedCache
+from .config import CUDA_GRAPHS
 from .kernels import resolve_backend
-
-CUDA_GRAPH_MODES = ("auto", "on", "off")
 
 
 def check_mode(cuda_graph: str, device: torch.device) -> None:
@@ -27,7 +26,7 @@ def check_mode(cuda_graph: str, device: torch.device) -> None:
     Raises:
         ValueError: one sentence.
     """
-    if cuda_graph not in CUDA_GRAPH_MODES:
+    if cuda_graph not in CUDA_GRAPHS:
         raise ValueError(f"cuda_graph={cuda_graph!r} is unknown; use auto, on or off.")
     if cuda_graph == "on" and device.type != "cuda":
         raise ValueError(f"cuda_graph=on needs a CUDA device, but the model is on {device}; use cuda_graph=auto.")
