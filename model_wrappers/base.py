@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, DistributedType
@@ -14,14 +15,19 @@ from loguru import logger
 from tqdm import tqdm
 
 from ..methods import METHODS
-from ..session import compress
+from ..session import CompressionSession, compress
+from . import host_requests
 from .arguments import unused_settings
 from .compressed import CompressedModel
-from .engine import Conversation, Engine
+from .engine import Engine, Prompt
 from .generation import GenerationSettings
 from .host import install
+from .likelihood import Document, read_document, score
 from .loading import resolve_device
+from .media import FrameSampling
+from .memory import MemoryGuard
 from .names import class_name
+from .rounds import converse
 from .statistics import CacheTokenCounts, RunStatistics
 
 T = TypeVar("T", bound="CompressedChatModel")
@@ -39,7 +45,9 @@ class CompressedChatModel(CompressedModel, lmms):
     def __init__(self, max_batch_size: Any = None, **model_args: Any) -> None:
         super().__init__()
         install(CompressedChatModel)
+        host_requests.repair()
         self.statistics: list[RunStatistics] = []
+        self._ignored: set[str] = set()
         del max_batch_size  # the host's, for automatic batch sizes, which `batch_size` refuses
         self.configure(model_args)
         self.accelerator = _accelerator()
@@ -47,7 +55,15 @@ class CompressedChatModel(CompressedModel, lmms):
         checkpoint = self.load(resolve_device(self.options, self.accelerator), progress=self.rank == 0)
         prompt = self.options.system_prompt
         self.system_prompt = self._resolve_system_prompt(prompt.replace("\\n", "\n")) if prompt else None
-        self.engine: Engine | None = Engine(checkpoint, self.system_prompt, self.family.strip_answers)
+        options = self.options
+        self.engine: Engine | None = Engine(
+            checkpoint,
+            self.system_prompt,
+            self.family.strip_answers,
+            options.compress_before_question,
+            FrameSampling(options.max_num_frames, options.fps),
+            options.cuda_graph,
+        )
         self._announce(model_args)
 
     @classmethod
@@ -85,54 +101,102 @@ class CompressedChatModel(CompressedModel, lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer the requests, in their order. Any exception aborts the run; no answer is made up."""
-        engine, statistics = self._working_engine(), RunStatistics.start(self.device)
-        results: list[GenerationResult | None] = [None] * len(requests)
+        engine, results = self._working_engine(), {}
+        with self._running(requests, self.options.skip_oom) as (session, statistics, guard, bar):
+
+            def answer(picked: Sequence[tuple[int, Prompt]]) -> None:
+                asked = [requests[i] for i, _ in picked]
+                batch = engine.answer(session, [prompt for _, prompt in picked], self._generation(asked[0]))
+                statistics.add(batch, [not host_requests.is_padding(request) for request in asked])
+                for (i, prompt), reply in zip(picked, batch.answers, strict=True):
+                    results[i] = GenerationResult(reply.text, CacheTokenCounts.of(reply, batch))
+                    self.cache_hook.add_partial("generate_until", (prompt.text, requests[i].args[2]), reply.text)
+
+            def load(i: int) -> Prompt:
+                return engine.prompt(host_requests.conversation(requests[i], self.task_dict))
+
+            for group in host_requests.by_settings(requests):
+                for picked in host_requests.by_size(group, load, engine.size, self.batch_size):
+                    guard(picked, answer)
+                    bar.update(len(picked))
+            results |= {i: GenerationResult("") for i in guard.skipped}
+        return [results[i] for i in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(loss, is_greedy) of each request, in their order; `likelihood` says what is scored.
+
+        The host asks once for each answer of a document; those with the same context share its prefill.
+        """
+        engine, results = self._working_engine(), {}
+        groups = host_requests.by_context(requests)
+        with self._running(requests) as (session, statistics, guard, bar):
+
+            def answer(picked: Sequence[tuple[int, Document]]) -> None:
+                found, batch = score(engine, session, [document for _, document in picked])
+                statistics.add(batch, [not host_requests.is_padding(requests[i]) for i, _ in picked])
+                for (first, _), scores in zip(picked, found, strict=True):
+                    for i, likelihood in zip(members[first], scores, strict=True):
+                        results[i] = (likelihood.loss, likelihood.is_greedy)
+
+            def load(first: int) -> Document:
+                pairs = [host_requests.choice(requests[i], self.task_dict) for i in members[first]]
+                return read_document(engine, pairs[0][0], [text for _, text in pairs])
+
+            members = {group[0]: group for group in groups}
+            for picked in host_requests.by_size(list(members), load, lambda d: engine.size(d.prompt), self.batch_size):
+                guard(picked, answer)
+                bar.update(sum(len(members[first]) for first, _ in picked))
+        return [results[i] for i in range(len(requests))]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """The answers of every round of each request, one conversation at a time; see `RunOptions.rounds`."""
+        engine, mode, results = self._working_engine(), self.options.rounds, {}
+        if mode != "independent":
+            self._say(
+                f"Rounds are one conversation (rounds={mode}); lmms-eval's stock models answer each round without the "
+                "others: rounds=independent.",
+                "WARNING",
+            )
+        with self._running(requests) as (session, statistics, guard, bar):
+
+            def answer(picked: Sequence[tuple[int, Instance]]) -> None:
+                for i, request in picked:
+                    talk = host_requests.rounds(request, self.task_dict)
+                    batches = list(converse(engine, session, talk, self._generation(request), mode))
+                    for batch in batches:
+                        statistics.add(batch, [not host_requests.is_padding(request)])
+                    results[i] = [batch.answers[0].text for batch in batches]
+
+            for i, request in enumerate(requests):
+                guard([(i, request)], answer)
+                bar.update()
+        return [results[i] for i in range(len(requests))]
+
+    @contextmanager
+    def _running(
+        self, requests: Sequence[Instance], skip_oom: bool = False
+    ) -> Iterator[tuple[CompressionSession, RunStatistics, MemoryGuard, tqdm]]:
+        """Compression, statistics, guard and progress bar of one call of the host."""
+        statistics = RunStatistics.start(self.device)
         with (
             compress(self.model, self.compression, self.head_scores) as session,
             tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar,
         ):
-            for picked, settings in self._batches(requests):
-                batch = engine.generate(session, [self._conversation(requests[i]) for i in picked], settings)
-                statistics.add(batch, [not _is_padding(requests[i]) for i in picked])
-                for i, answer, prompt in zip(picked, batch.answers, batch.prompts, strict=True):
-                    results[i] = GenerationResult(answer.text, CacheTokenCounts.of(answer, batch))
-                    self.cache_hook.add_partial("generate_until", (prompt, requests[i].args[2]), answer.text)
-                bar.update(len(picked))
+            guard = MemoryGuard(session, lambda i: host_requests.describe(requests[i]), skip_oom)
+            yield session, statistics, guard, bar
+        statistics.skipped_oom = sum(not host_requests.is_padding(requests[i]) for i in guard.skipped)
+        if guard.skipped:
+            names = ", ".join(host_requests.describe(requests[i]) for i in guard.skipped)
+            logger.warning(f"{len(guard.skipped)} documents did not fit into memory and count as empty: {names}.")
         self._log(statistics)
-        return [result for result in results if result is not None]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError(
-            f"{self.family.name}_{self.method} answers by generation only so far; choose a task with output_type "
-            "generate_until (most multiple-choice tasks of lmms-eval have one)."
-        )
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError(
-            f"{self.family.name}_{self.method} answers single questions only so far; multi-round tasks need a stock "
-            "model of lmms-eval."
-        )
-
-    def _batches(self, requests: list[Instance]) -> Iterator[tuple[list[int], GenerationSettings]]:
-        """Indices of requests with the same generation settings, `batch_size` at a time."""
-        groups: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(i)
-        for group in groups.values():
-            gen_kwargs = requests[group[0]].args[2] or {}
-            settings = GenerationSettings.from_host(gen_kwargs, self.family.max_new_tokens)
-            if ignored := GenerationSettings.ignored(gen_kwargs):
-                self._say(f"Generation arguments without effect on this model: {', '.join(ignored)}.", "WARNING")
-            for start in range(0, len(group), self.batch_size):
-                yield group[start : start + self.batch_size], settings
-
-    def _conversation(self, request: Instance) -> Conversation:
-        _, doc_to_messages, _, doc_id, task, split = request.args
-        try:
-            return doc_to_messages(self.task_dict[task][split][doc_id])
-        except Exception:
-            logger.error(f"Document {doc_id} of task {task} ({split}) cannot be read.")  # the cause follows
-            raise
+    def _generation(self, request: Instance) -> GenerationSettings:
+        """The generation settings of a request; what has no effect here is named once."""
+        gen_kwargs = request.args[2] or {}
+        if ignored := set(GenerationSettings.ignored(gen_kwargs)) - self._ignored:
+            self._ignored |= ignored
+            self._say(f"Generation arguments without effect on this model: {', '.join(sorted(ignored))}.", "WARNING")
+        return GenerationSettings.from_host(gen_kwargs, self.family.max_new_tokens)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -178,7 +242,3 @@ def _accelerator() -> Accelerator:
             "(`accelerate launch --num_processes N`) or use device_map=auto."
         )
     return accelerator
-
-
-def _is_padding(request: Instance) -> bool:
-    return bool((request.metadata or {}).get("__padding_only__"))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteriaList
 
@@ -135,12 +136,27 @@ class Engine:
         family = self.model.config.model_type
         if any(part.type == "audio" for part in parts):
             raise NotImplementedError(f"{family} models hear nothing: this task sends audio.")
-        if videos and getattr(self.processor, "video_processor", None) is None:
-            raise NotImplementedError(f"{family} models read text and images only: this task sends video.")
+        if videos:
+            self.require_video()
         if videos and text.count(self.processor.video_token) != len(videos):
             raise ValueError(f"The chat template of this {family} checkpoint has no place for videos.")
         frames = [read_video(part.url, self.sampling, part.start_time, part.end_time) for part in videos]
         return Prompt(text, images, frames)
+
+    def size(self, prompt: Prompt) -> int:
+        """Tokens of a prompt, those of its images and videos included, without processing them."""
+        sizes: dict[str, Any] = {"image_sizes": [im.size[::-1] for im in prompt.images if isinstance(im, Image.Image)]}
+        if prompt.videos:
+            sizes["video_sizes"] = [frames.shape[:3] for frames in prompt.videos]
+        media = self.processor._get_num_multimodal_tokens(**sizes)
+        vision = [n for kind in ("num_image_tokens", "num_video_tokens") for n in media[kind] or ()]
+        return len(self.processor.tokenizer(prompt.text)["input_ids"]) + int(sum(vision))
+
+    def require_video(self) -> None:
+        """Raise NotImplementedError where the family reads no video."""
+        if getattr(self.processor, "video_processor", None) is None:
+            family = self.model.config.model_type
+            raise NotImplementedError(f"{family} models read text and images only: this task sends video.")
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Any], videos: Sequence[Any] = ()) -> BatchFeature:
         """Model inputs of a left-padded batch, on the model's device and in its dtype."""
@@ -161,9 +177,15 @@ class Engine:
         """Answer the conversations in one batch on a fresh cache of `session`, which must be entered."""
         return self.answer(session, [Prompt(*self.prompt(conversation)) for conversation in conversations], settings)
 
-    def answer(self, session: CompressionSession, prompts: Sequence[Prompt], settings: GenerationSettings) -> Batch:
-        """The same for prompts that are already text."""
-        inputs = self.batch_inputs(prompts)
+    def answer(
+        self,
+        session: CompressionSession,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        inputs: BatchFeature | None = None,
+    ) -> Batch:
+        """The same for prompts that are already text; `inputs` are theirs for the model where they are at hand."""
+        inputs = self.batch_inputs(prompts) if inputs is None else inputs
         room = min(settings.max_new_tokens, ROOM)
         clock = StepClock(self.model.device)
         if self.splits(session):

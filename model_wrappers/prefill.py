@@ -62,8 +62,12 @@ def cut(model: Any, inputs: Mapping[str, Tensor], ends: Sequence[Tensor]) -> Par
 
 @torch.no_grad()
 def run(model: Any, cache: RaggedCache, parts: Parts, count: int) -> Tensor:
-    """Run the first `count` parts through the model, each in one pass: logits `[batch, vocabulary]` of the last."""
-    begin, vision = 0, parts.vision
+    """Run the first `count` parts, each in one pass, behind what `cache` holds.
+
+    Returns:
+        Logits `[batch, vocabulary]` behind the last.
+    """
+    begin, vision = cache.get_seq_length(), parts.vision
     for end in parts.ends[:count]:
         out = model(
             input_ids=parts.ids[:, begin:end],
@@ -88,8 +92,8 @@ def question_starts(model: Any, ids: Tensor) -> Tensor:
 
     A prompt without images has nothing before its question: all but its last token count as its first part.
     """
-    names = ("image_token_id", "video_token_id", "vision_end_token_id")
-    tokens = [token for name in names if (token := getattr(model.config, name, None)) is not None]
+    end = getattr(model.config, "vision_end_token_id", None)
+    tokens = [*placeholders(model), *([] if end is None else [end])]
     last = ids.shape[1] - 1
     columns = torch.arange(last + 1, device=ids.device)
     behind = torch.where(torch.isin(ids, torch.tensor(tokens, device=ids.device)), columns + 1, 0).amax(1)
@@ -109,3 +113,21 @@ def newest_vision(inputs: Mapping[str, Tensor], images: int, videos: int) -> dic
     if "image_sizes" in inputs and len(inputs["image_sizes"]) > images:
         kept |= {name: inputs[name][images:] for name in ("pixel_values", "image_sizes")}
     return kept
+
+
+def placeholders(model: Any) -> set[int]:
+    """Ids of the tokens that stand for a piece of an image or a video."""
+    names = ("image_token_id", "video_token_id")
+    return {token for name in names if (token := getattr(model.config, name, None)) is not None}
+
+
+def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common.
+
+    >>> shared_prefix([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    for i, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return i
+    return min(len(first), len(second))

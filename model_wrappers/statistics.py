@@ -58,6 +58,7 @@ class RunStatistics:
         output_tokens: generated tokens.
         elapsed: seconds of generation.
         peak_bytes: see `peak_memory`.
+        skipped_oom: requests that did not fit into memory and were left out (`skip_oom`).
     """
 
     device: torch.device
@@ -65,6 +66,7 @@ class RunStatistics:
     output_tokens: int = 0
     elapsed: float = 0.0
     peak_bytes: int = 0
+    skipped_oom: int = 0
 
     @classmethod
     def start(cls, device: torch.device) -> RunStatistics:
@@ -83,6 +85,7 @@ class RunStatistics:
             sum(part.output_tokens for part in parts),
             sum(part.elapsed for part in parts),
             max((part.peak_bytes for part in parts), default=0),
+            sum(part.skipped_oom for part in parts),
         )
 
     def gathered(self) -> RunStatistics:
@@ -125,11 +128,13 @@ class RunStatistics:
                 means[name] = fmean(values)
                 if name.endswith("_ms"):
                     means[f"{name}_median"] = median(values)
+        if self.skipped_oom:
+            means["skipped_oom"] = self.skipped_oom
         return {**means, "peak_memory": self.peak_bytes}
 
     def log(self) -> None:
         """Put the numbers where the host looks for the throughput of a run."""
-        if self.rows:
+        if self.rows or self.skipped_oom:
             speed = self.output_tokens / self.elapsed if self.elapsed > 0 else 0.0
             log_metrics(self.elapsed, self.output_tokens, speed, additional_metrics=self.metrics())
 

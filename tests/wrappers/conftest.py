@@ -9,12 +9,19 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
 from lmms_eval.api.instance import Instance
 
 from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.model_wrappers.arguments import RunOptions
+from sparsemm_lmms.model_wrappers.engine import Engine
+from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
+from sparsemm_lmms.model_wrappers.loading import load_checkpoint
 
 from . import tiny
+
+FAMILIES = {"llava_next": LLAVA_NEXT, "qwen2_vl": QWEN2_VL}
 
 TASK = """\
 task: tiny_images
@@ -55,6 +62,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folder of each family's tiny checkpoint."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {family: make(root / family) for family, make in tiny.MAKERS.items()}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Engine:
+    options = RunOptions(str(checkpoints[request.param]), min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 30)
+    return Engine(load_checkpoint(FAMILIES[request.param], options, torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +10,11 @@ from lmms_eval.protocol import ChatMessages
 
 from sparsemm_lmms import CompressionConfig, HeadScores, compress
 from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers.arguments import RunOptions
 from sparsemm_lmms.model_wrappers.engine import Engine
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
-from sparsemm_lmms.model_wrappers.llava_next import LlavaNext
-from sparsemm_lmms.model_wrappers.loading import load_checkpoint
-from sparsemm_lmms.model_wrappers.qwen2_vl import Qwen2VL
 
 from .conftest import conversation
 
-FAMILIES = {"llava_next": LlavaNext.family, "qwen2_vl": Qwen2VL.family}
 SETTINGS = GenerationSettings(max_new_tokens=10)
 MIXED = [
     conversation(1, "What is it?"),
@@ -28,12 +22,6 @@ MIXED = [
     conversation(3, "Which of these?", images=3, size=(28, 56)),
     [{"role": "user", "content": [{"type": "text", "text": "No image at all."}]}],
 ]
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Engine:
-    options = RunOptions(str(checkpoints[request.param]), min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 30)
-    return Engine(load_checkpoint(FAMILIES[request.param], options, torch.device("cpu")))
 
 
 def answers(engine: Engine, conversations: list[Any], size: int, **config: Any) -> list[str]:

@@ -218,14 +218,6 @@ def test_bad_score_files_stop_before_loading(
         load("qwen2_vl_sparsemm", arguments("qwen2_vl_sparsemm", head_scores=tmp_path / "nowhere.json"))
 
 
-def test_what_is_not_built_yet_says_so(arguments: Callable[..., str]) -> None:
-    model = load("llava_next_fullkv", arguments("llava_next_fullkv"))
-    with pytest.raises(NotImplementedError, match="generate_until"):
-        model.loglikelihood([])
-    with pytest.raises(NotImplementedError, match="multi-round"):
-        model.generate_until_multi_round([])
-
-
 def test_clean_releases_the_model(arguments: Callable[..., str]) -> None:
     import gc
     import weakref

@@ -29,7 +29,7 @@ LAYERS, Q_HEADS = 3, 4
 TURNS = (
     "{% for message in messages %}{{ message.role }}: "
     "{% for part in message.content %}"
-    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}IMAGE{% elif part.type == 'video' %}VIDEO{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}"
     "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
@@ -68,7 +68,7 @@ def llava_next(folder: Path, seed: int = 0) -> Path:
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TURNS.replace("IMAGE", "<image>"),
+        chat_template=TURNS.replace("IMAGE", "<image>").replace("VIDEO", ""),
     )
     return _save(LlavaNextForConditionalGeneration(config), processor, folder)
 
@@ -89,7 +89,7 @@ def qwen2_vl(folder: Path, seed: int = 0) -> Path:
         **_ends(tokenizer),
     }
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-    tokens = ("vision_start", "vision_end", "image", "video")
+    tokens = ("vision_start", "vision_end", "image", "video")  # as transformers' config names them
     names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     config = Qwen2VLConfig(
         text_config=text,
@@ -100,12 +100,16 @@ def qwen2_vl(folder: Path, seed: int = 0) -> Path:
         image_processor=Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(),
-        chat_template=TURNS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+        chat_template=TURNS.replace("IMAGE", _seen("image")).replace("VIDEO", _seen("video")),
     )
     return _save(Qwen2VLForConditionalGeneration(config), processor, folder)
 
 
 MAKERS = {"llava_next": llava_next, "qwen2_vl": qwen2_vl}
+
+
+def _seen(kind: str) -> str:
+    return f"<|vision_start|><|{kind}_pad|><|vision_end|>"
 
 
 def head_scores(path: Path, seed: int = 0) -> Path:
