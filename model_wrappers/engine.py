@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteriaList
 
-from ..cache import RaggedCache
 from .. import decode
+from ..cache import RaggedCache
 from ..decode_graph import check_mode
 from ..session import CompressionSession
 from .generation import GenerationSettings, StepClock
