@@ -186,7 +186,10 @@ def _read_word(word: str, name: str, score_files: Mapping[str, str]) -> tuple[st
         known = [f"{w}<{setting}>" for w, (setting, _) in NUMBERS.items()] + [*FLAGS, "hs-<head scores>"]
         raise ValueError(f"Model name {name!r}: {word!r} is no setting; known: {', '.join(known)}.")
     setting, kind = NUMBERS[match[1]]
-    return setting, parse_value(f"{setting} (in model name {name!r})", match[2], kind)
+    try:
+        return setting, parse_value(setting, match[2], kind)
+    except ValueError as error:
+        raise ValueError(f"Model name {name!r}: {error}") from None
 
 
 def _read_scores(word: str, name: str, score_files: Mapping[str, str]) -> str:
