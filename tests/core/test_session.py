@@ -169,6 +169,96 @@ def test_second_prompt_on_a_filled_cache(loaded, budget):
     assert torch.allclose(together, stock, atol=2e-4) == (budget == 10_000)
 
 
+@pytest.mark.parametrize("method", [*COMPRESSING, "fullkv"])
+def test_compressed_again_is_compressed_at_once(loaded, method):
+    """As long as nothing was evicted before, a later prompt leaves what one prefill of the whole would leave."""
+    model, processor = loaded
+    inputs = encode(processor, PROMPTS[:1])
+    later = processor.tokenizer("Read all of it, once more, please.", return_tensors="pt")["input_ids"]
+    first = inputs["input_ids"].shape[1]
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], later], 1)}
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in inputs:
+            filler = torch.full_like(later, int(name == "attention_mask"))
+            whole[name] = torch.cat([inputs[name], filler], 1)
+    for redistribute in (False, True):
+        config = CompressionConfig(method=method, budget=first + 3, redistribute=redistribute, **SMALL)
+        with torch.no_grad(), compress(model, config, scores_for(method)) as session:
+            model(**whole)
+            at_once = [session.cache.kept_positions(layer)[0] for layer in range(tiny.LAYERS)]
+            cache = session.new_cache(max_new_tokens=2)
+            model(**inputs, past_key_values=cache)
+            before = cache.report()["kv_bytes_full"]
+            cache.compress_next = True
+            model(input_ids=later, past_key_values=cache)
+            again = [cache.kept_positions(layer)[0] for layer in range(tiny.LAYERS)]
+            report, kept = cache.report(), cache.kept_per_head()
+            assert report["prompt_tokens"] == cache.get_seq_length() == first + later.shape[1] or method == "fullkv"
+            assert report["kv_bytes_full"] == before * (first + later.shape[1]) / first
+            assert all((layer.length.numpy() == layer.kept + layer.appended).all() for layer in cache.layers)
+            assert not cache.step.compress or method == "fullkv" or int(kept.max()) <= first + later.shape[1]
+            if method == "fullkv":
+                continue
+            for one, other in zip(at_once, again, strict=True):
+                assert [row.tolist() for row in one] == [row.tolist() for row in other]
+            token = torch.tensor([[5]])
+            after = model(input_ids=token, past_key_values=cache).logits
+            model(**whole)
+            assert torch.allclose(after, model(input_ids=token, past_key_values=session.cache).logits, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "sparsemm", "fullkv"])
+def test_tokens_taken_back_leave_no_trace(loaded, method):
+    """Padded passes too, also when the store grew in between, and down into the prompt's window."""
+    model, processor = loaded
+    inputs = encode(processor, PROMPTS)
+    config = CompressionConfig(method=method, budget=12, **SMALL)
+    token = torch.full((len(PROMPTS), 1), 7)
+    with torch.no_grad(), compress(model, config, scores_for(method)) as session:
+        cache = session.new_cache(max_new_tokens=2)
+        model(**inputs, past_key_values=cache)
+        mask = inputs["attention_mask"]
+
+        def run(ids, new):
+            whole = torch.cat([mask, new], 1)
+            at = (whole.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            at = at.expand(3, -1, -1) if "mm_token_type_ids" in inputs else at
+            return model(input_ids=ids, attention_mask=whole, position_ids=at, past_key_values=cache).logits
+
+        def step():
+            logits = run(token, torch.ones_like(token))
+            cache.take_back(1)
+            return logits
+
+        before, seen = step(), cache.get_seq_length()
+        new = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1, 1, 1]])
+        ids = torch.randint(8, 40, new.shape, generator=torch.Generator().manual_seed(0))
+        run(ids, new)
+        cache.take_back(5, new.sum(1).int())
+        assert cache.get_seq_length() == seen and torch.equal(step(), before)
+
+        model(**inputs, past_key_values=(cache := session.new_cache()))
+        model(input_ids=token[:, :1], past_key_values=cache)
+        cache.take_back(1 + SMALL["window_size"] - 1)
+        assert cache.get_seq_length() == seen - 3
+        if method != "fullkv":
+            with pytest.raises(ValueError, match="1 tokens cannot be taken back: 0 came after"):
+                for _ in range(99):
+                    cache.take_back(1)
+
+
+def test_only_one_conversation_is_compressed_again(loaded):
+    model, processor = loaded
+    inputs = encode(processor, PROMPTS)
+    config = CompressionConfig(method="snapkv", budget=12, **SMALL)
+    with torch.no_grad(), compress(model, config) as session:
+        cache = model(**inputs).past_key_values
+        cache.compress_next = True
+        with pytest.raises(ValueError, match="one conversation at a time"):
+            model(input_ids=torch.full((len(PROMPTS), 2), 7), past_key_values=cache)
+        assert session.cache is cache
+
+
 def test_beam_search_equals_stock(loaded):
     model, processor = loaded
     inputs = encode(processor, PROMPTS[:3])
