@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sparsemm_lmms.head_scores import HeadScores, provenance_path
+from sparsemm_lmms.scoring.statistics import split_half
 from tests.core.golden import SHARED
 
 PUBLISHED = SHARED / "scores" / "llava-v1.6.npz"
@@ -178,6 +179,16 @@ def test_tables_are_checked_and_frozen():
         HeadScores(np.ones((2, 2)), np.ones((2, 3)))
     with pytest.raises(ValueError, match="read-only"):
         HeadScores.uniform(2, 2).values[0, 0] = 3
+
+
+def test_a_value_for_each_image_tells_how_far_the_images_agree(tmp_path):
+    images = np.random.default_rng(0).random((100, 2, 3)) * np.arange(1, 7).reshape(2, 3)
+    content = {f"{i}-{j}": images[:, i, j].tolist() for i, j in np.ndindex(2, 3)}
+    facts = HeadScores.load(write(tmp_path, content)).provenance
+    assert facts["images"] == 100 and facts["split_half"] == split_half(images)
+    assert facts["groups_of_50"]["groups"] == 2
+    content["0-0"].append(0.5)  # lists of unequal length are means of unknown images
+    assert set(HeadScores.load(write(tmp_path, content)).provenance) == {"path"}
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published score table states no licence and is not shipped")

@@ -1,9 +1,9 @@
 """What chase costs: time against the same generation without scoring, and peak memory over the prompt's length.
 
 The time is a ratio of one run: every batch is generated with and without scoring in turn, which of the two comes first
-alternates, and the median over the repeats counts. The memory is that of tensors, allocated and alive, seen by a
-dispatch mode while one answer is written to prompts of one image and of several; the largest single tensor tells
-whether an attention matrix was ever made.
+alternates, and each batch's median over the repeats counts. The memory is that of tensors, allocated and alive, seen by a
+dispatch mode while one answer is written to prompts of one image and of several; the largest tensor that is made with
+scoring and not without tells whether there ever was an attention matrix.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ def scoring(
 def time_ratio(
     model: Any, processor: Any, samples: Sequence[Any], batch_size: int, repeats: int, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Seconds of chase's generation over those of the same generation without scoring; median, least, most."""
+    """Seconds of chase's generation over those of the same generation without scoring.
+
+    ratio: sums over the batches of each batch's median. ratio_quartiles: of all single pairs, what the machine's other
+    load does to them.
+    """
+    import numpy as np
     import torch
 
     from sparsemm_lmms.scoring.chase import text_shape
@@ -85,24 +90,22 @@ def time_ratio(
         if lengths != watched:
             raise RuntimeError(f"Scoring changed what the model writes: {lengths} tokens without, {watched} with it.")
         tokens += sum(lengths)
-    runs = []
+    spent: dict[Any, list[list[float]]] = {run: [[] for _ in batches] for run in (plain, scored)}
     for repeat in range(repeats):
-        spent = {plain: 0.0, scored: 0.0}
         for index, batch in enumerate(batches):
             for run in (plain, scored) if (repeat + index) % 2 == 0 else (scored, plain):
-                spent[run] += _seconds(run, batch, model.device)
-        runs.append((spent[plain], spent[scored]))
-    ratios = [with_it / without for without, with_it in runs]
+                spent[run][index].append(_seconds(run, batch, model.device))
+    without, with_it = (sum(map(median, spent[run])) for run in (plain, scored))
+    pairs = np.divide(spent[scored], spent[plain])
     return {
         "images": len(samples),
         "batch_size": batch_size,
         "tokens_written": tokens,
         "repeats": repeats,
-        "seconds_without": round(median(without for without, _ in runs), 4),
-        "seconds_with": round(median(with_it for _, with_it in runs), 4),
-        "ratio": round(median(ratios), 4),
-        "ratio_least": round(min(ratios), 4),
-        "ratio_most": round(max(ratios), 4),
+        "seconds_without": round(without, 4),
+        "seconds_with": round(with_it, 4),
+        "ratio": round(with_it / without, 4),
+        "ratio_quartiles": [round(float(quartile), 4) for quartile in np.quantile(pairs, (0.25, 0.75))],
     }
 
 
@@ -144,9 +147,8 @@ def _memory(model: Any, processor: Any, samples: Sequence[Any], mode: str) -> di
         "tokens": batch.prompt,
         "peak_bytes_without": without.peak,
         "peak_bytes_with": scored.peak,
-        "largest_tensor_without": without.largest,
-        "largest_tensor_with": scored.largest,
-        "attention_matrix": heads * batch.prompt**2,
+        "largest_tensor_added_bytes": max(scored.sizes - without.sizes, default=0),
+        "attention_matrix_bytes": 4 * heads * batch.prompt**2,
     }
 
 
@@ -181,18 +183,19 @@ def environment(model: Any) -> dict[str, Any]:
 
 def _print(cost: dict[str, Any]) -> None:
     spent = cost["time"]
+    low, high = spent["ratio_quartiles"]
     print(f"{cost['model']} on {cost['device']}, {cost['dtype']}, {cost['threads']} threads")
     print(
-        f"Generation with scoring takes {spent['ratio']:.2f} x the time without ({spent['ratio_least']:.2f} to "
-        f"{spent['ratio_most']:.2f} in {spent['repeats']} repeats): {spent['seconds_with']:.2f} s against "
-        f"{spent['seconds_without']:.2f} s for {spent['tokens_written']} tokens of {spent['images']} images."
+        f"Generation with scoring takes {spent['ratio']:.2f} x the time without (quartiles {low:.2f} and {high:.2f}, "
+        f"{spent['repeats']} repeats in turn): {spent['seconds_with']:.2f} s against {spent['seconds_without']:.2f} s "
+        f"for {spent['tokens_written']} tokens of {spent['images']} images."
     )
     for growth in cost["memory"]:
         short, long = growth["prompts"]
         extra, more = (prompt["peak_bytes_with"] - prompt["peak_bytes_without"] for prompt in (short, long))
         print(
             f"Peak of tensors, {growth['mode']}: scoring adds {extra / 2**20:.2f} MiB at {short['tokens']} prompt "
-            f"tokens and {more / 2**20:.2f} MiB at {long['tokens']}; one layer's attention matrix would take "
-            f"{4 * long['attention_matrix'] / 2**20:.0f} MiB. Largest tensor {long['largest_tensor_with']:,} elements "
-            f"with scoring, {long['largest_tensor_without']:,} without."
+            f"tokens and {more / 2**20:.2f} MiB at {long['tokens']}; the largest tensor that it makes there has "
+            f"{long['largest_tensor_added_bytes'] / 2**20:.2f} MiB, one layer's attention matrix would have "
+            f"{long['attention_matrix_bytes'] / 2**20:.0f}."
         )

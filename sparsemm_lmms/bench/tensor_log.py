@@ -1,8 +1,9 @@
-"""Which tensors a piece of code makes: bytes alive at the peak, and the largest one."""
+"""Which tensors a piece of code makes: bytes alive at the peak, and how large single ones are."""
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,18 +14,19 @@ from torch.utils._pytree import tree_map_only
 class TensorLog(TorchDispatchMode):
     """Inside the block every operator's outputs are counted by storage, on any device, without an allocator's help.
 
-    peak: largest sum of bytes alive at a time, of storages made inside. largest: elements of the largest single tensor
-    that owns its storage (views, which broadcast for nothing, don't count).
+    peak: largest sum of bytes alive at a time, of storages made inside. sizes: how many storages of so many bytes were
+    made; a view, which may broadcast for nothing, makes none.
 
     >>> with TensorLog() as log:
     ...     _ = torch.zeros(10) + torch.ones(10)
-    >>> log.peak, log.largest
-    (120, 10)
+    >>> log.peak, log.sizes
+    (120, Counter({40: 3}))
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self.largest = self._alive = 0
+        self.peak = self._alive = 0
+        self.sizes: Counter[int] = Counter()
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,9 +39,9 @@ class TensorLog(TorchDispatchMode):
         if id(storage) not in self._known:  # PyTorch keeps one Python object a storage while it is referenced
             self._known.add(id(storage))
             weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+            self.sizes[storage.nbytes()] += 1
             self._alive += storage.nbytes()
             self.peak = max(self.peak, self._alive)
-            self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
         return tensor
 
     def _gone(self, known: int, size: int) -> None:

@@ -50,12 +50,17 @@ class Watcher:
 
     @cached_property
     def _members(self) -> torch.Tensor:
-        """``words`` as float32 ``[batch, 1, prompt, words]``, made once: a cast a layer and step would cost more."""
-        return self.words.transpose(1, 2).unsqueeze(1).float().contiguous()
+        """``words`` as float32 ``[batch, prompt, words]``, made once: a cast a layer and step would cost more."""
+        return self.words.transpose(1, 2).float().contiguous()
 
     def clear(self) -> None:
         self.argmax.clear()
         self.mass.clear()
+
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``argmax`` and ``mass`` of all layers, stacked in front."""
+        layers = sorted(self.argmax)
+        return torch.stack([self.argmax[i] for i in layers]), torch.stack([self.mass[i] for i in layers])
 
     def look(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
@@ -80,9 +85,10 @@ class Watcher:
     def _mass(self, weights: torch.Tensor, first: int) -> torch.Tensor:
         """weights ``[batch, q_heads, rows, keys]`` of a chunk that begins at watched row ``first``."""
         prompt = min(self.words.shape[-1], weights.shape[-1])
-        weights, words = weights[..., :prompt], self.words[..., :prompt]
-        if self.targets is None:
-            return weights @ self._members[..., :prompt, :]
+        weights = weights[..., :prompt]
+        if self.targets is None:  # heads as rows of one product: a broadcast over heads would copy the words for each
+            return torch.bmm(weights.flatten(1, 2), self._members[:, :prompt]).unflatten(1, weights.shape[1:3])
+        words = self.words[..., :prompt]
         chosen = self.targets[:, first : first + weights.shape[2]]
         index = chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, prompt)
         return weights.masked_fill_(~words.gather(1, index).unsqueeze(1), 0.0).sum(dim=-1)

@@ -43,28 +43,23 @@ class Tally:
         zeros = torch.zeros(batch, layers, heads, dtype=torch.float64, device=device)
         return cls(zeros, zeros.clone(), [0] * batch, [0] * batch)
 
-    def add(self, batch: Batch, watcher: Watcher, targets: torch.Tensor) -> None:
-        """Credit one pass. targets: int64 ``[batch, rows]``, the word each watched row wrote, -1 for none."""
+    def add(self, batch: Batch, argmax: torch.Tensor, mass: torch.Tensor, targets: torch.Tensor) -> None:
+        """Credit the watched rows. argmax: int64 ``[layers, batch, q_heads, rows]``; mass: float32, as long, on the
+        word that the row wrote; targets: int64 ``[batch, rows]``, that word, -1 for none."""
         valid = targets >= 0
         index = targets.clamp(min=0)
         shown = batch.words.gather(1, index.unsqueeze(-1).expand(-1, -1, batch.prompt))  # [batch, rows, prompt]
-        argmax = torch.stack([watcher.argmax[layer] for layer in sorted(watcher.argmax)])
-        # argmax [layers, batch, heads, rows]
         _, size, _, rows = argmax.shape
         every = (torch.arange(size, device=argmax.device)[:, None, None], torch.arange(rows, device=argmax.device))
         hit = shown[every[0], every[1], argmax.clamp(max=batch.prompt - 1)] & (argmax < batch.prompt)
         worth = torch.where(valid, 1.0 / batch.sizes.gather(1, index).clamp(min=1).double(), 0.0)
         self.score += (hit * worth[None, :, None]).sum(dim=-1).transpose(0, 1)
-        mass = torch.stack([watcher.mass[layer] for layer in sorted(watcher.mass)])
-        if mass.dim() == 5:  # masses on all words: pick the one that was written
-            mass = mass.gather(-1, index[None, :, None, :, None].expand(*argmax.shape, 1)).squeeze(-1)
         self.mass += mass.double().masked_fill(~valid[None, :, None], 0.0).sum(dim=-1).transpose(0, 1)
 
 
-def _targets(batch: Batch, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Words that no image token shows (an empty one, or in a view that does not count) can't be hit: -1."""
-    sizes = batch.sizes.tolist()
-    return [[word if word >= 0 and sizes[i][word] else -1 for word in row] for i, row in enumerate(rows)]
+def _visible(word: int, sizes: Sequence[int]) -> int:
+    """A word that no image token shows (an empty one, or in a view that does not count) can't be hit: -1."""
+    return word if word >= 0 and sizes[word] else -1
 
 
 def teacher_forced(model: Any, batch: Batch, texts: TokenTexts, pad: int, shape: tuple[int, int]) -> Tally:
@@ -76,7 +71,7 @@ def teacher_forced(model: Any, batch: Batch, texts: TokenTexts, pad: int, shape:
         return tally
     matchers = [matcher_of(sample) for sample in batch.samples]
     written = [[match(texts(t)) for t in answer] for match, answer in zip(matchers, answers, strict=True)]
-    words = _targets(batch, written)
+    words = [[_visible(word, sizes) for word in row] for row, sizes in zip(written, batch.sizes.tolist(), strict=True)]
     tally.counted = [sum(word >= 0 for word in row) for row in words]
     rows = max(tally.tokens) + 1  # from the prompt's last position, which predicts token 0, to the last token
     targets = torch.full((len(answers), rows), -1)
@@ -86,31 +81,44 @@ def teacher_forced(model: Any, batch: Batch, texts: TokenTexts, pad: int, shape:
     inputs = with_answers(batch, answers, pad, model)
     with torch.no_grad(), watch(model, Watcher(batch.words, rows, targets)) as watcher:
         model(**inputs, use_cache=False, logits_to_keep=1)
-        tally.add(batch, watcher, targets)
+    tally.add(batch, *watcher.seen(), targets)
     return tally
 
 
 class _Listener(StoppingCriteria):
-    """Hears each token right after the pass that chose it; never stops anything."""
+    """Hears each token right after the pass that chose it, and keeps what the pass saw; never stops anything."""
 
     def __init__(self, batch: Batch, texts: TokenTexts, watcher: Watcher, tally: Tally, ends: set[int]) -> None:
         self.batch, self.texts, self.watcher, self.tally, self.ends = batch, texts, watcher, tally, ends
         self.matchers = [matcher_of(sample) for sample in batch.samples]
+        self.sizes = batch.sizes.tolist()
         self.done = [False] * len(batch.samples)
+        self.argmax: list[torch.Tensor] = []
+        self.mass: list[torch.Tensor] = []
+        self.targets: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        rows: list[list[int]] = []
+        found = []
         for i, token in enumerate(input_ids[:, -1].tolist()):
             self.done[i] = self.done[i] or token in self.ends
-            rows.append([-1 if self.done[i] else self.matchers[i](self.texts(token))])
+            word = -1 if self.done[i] else _visible(self.matchers[i](self.texts(token)), self.sizes[i])
             self.tally.tokens[i] += not self.done[i]
-        found = _targets(self.batch, rows)
-        if any(row[0] >= 0 for row in found):
-            self.tally.add(self.batch, self.watcher, torch.tensor(found, device=input_ids.device))
-            for i, row in enumerate(found):
-                self.tally.counted[i] += row[0] >= 0
+            self.tally.counted[i] += word >= 0
+            found.append(word)
+        if max(found) >= 0:
+            targets = torch.tensor(found, device=input_ids.device)
+            argmax, mass = self.watcher.seen()  # mass on every word: only now it is known which one is written
+            chosen = targets.clamp(min=0)[None, :, None, None, None].expand(*mass.shape[:-1], 1)
+            self.argmax.append(argmax)
+            self.mass.append(mass.gather(-1, chosen).squeeze(-1))
+            self.targets.append(targets)
         self.watcher.clear()
-        return torch.zeros(len(rows), dtype=torch.bool, device=input_ids.device)
+        return torch.zeros(len(found), dtype=torch.bool, device=input_ids.device)
+
+    def credit(self) -> None:
+        if self.targets:
+            targets = torch.stack(self.targets, dim=1)
+            self.tally.add(self.batch, torch.cat(self.argmax, dim=-1), torch.cat(self.mass, dim=-1), targets)
 
 
 def free_running(
@@ -127,6 +135,7 @@ def free_running(
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([listener]),
         )
+    listener.credit()
     return tally
 
 

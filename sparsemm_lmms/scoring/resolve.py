@@ -15,6 +15,7 @@ lock, the others wait for its file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -79,13 +80,25 @@ def resolve_head_scores(
     packaged = Path(pretrained) / PACKAGED
     if packaged.is_file():
         return _checked(HeadScores.load(packaged), config, pretrained)
-    cached = cache_file(config, pretrained, revision, cache_dir)
+    try:
+        cached = cache_file(config, pretrained, revision, cache_dir)
 
-    def make() -> None:
-        _make(cached, pretrained, revision, model, processor, device, pages, progress)
+        def make() -> None:
+            _make(cached, pretrained, revision, model, processor, device, pages, progress)
 
-    _make_once(cached, pretrained, make)
-    return _checked(HeadScores.load(cached), config, pretrained)
+        _make_once(cached, pretrained, make)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise ValueError(
+            f"head_scores=auto cannot keep what it finds ({error}); set HF_ASSETS_CACHE to a folder that can be "
+            "written, or give head_scores=PATH."
+        ) from error
+    try:
+        scores = HeadScores.load(cached)
+    except ValueError as error:
+        raise ValueError(f"{error} It was kept by head_scores=auto: delete it, and it is made again.") from None
+    return _checked(scores, config, pretrained)
 
 
 def cache_file(

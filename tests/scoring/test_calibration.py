@@ -101,6 +101,7 @@ def test_folder(tmp_path, monkeypatch):
     write("i", png(), {"boxes": [{"text": "x", "box": [100, 100, 120, 120]}]})
     write("j", png(), {"boxes": [word]})
     read = list(FolderPages(tmp_path))
+    assert len(FolderPages(tmp_path)) == len(read)
     assert [isinstance(sample, Skipped) for sample in read] == [False, False, *[True] * 7, False]
     assert read[0].answer == "Total 42\nend" and read[0].boxes[1] == Box("42", (22, 2, 30, 9))
     names = [sample.name for sample in read]

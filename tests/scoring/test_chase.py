@@ -1,6 +1,10 @@
 """Chase against the rule recomputed from eager attention matrices: both families, both modes, batches, resumption."""
 
 import json
+import multiprocessing
+import os
+import resource
+import signal
 import string
 from dataclasses import replace
 
@@ -178,6 +182,12 @@ def test_several_images_and_a_video(tmp_path):
     clip = CalibrationSample((), "What?", "abcdXYZ", quarters(112, 112), video=frames)
     llava, llava_processor = tiny.llava_next(), tiny.llava_processor()
     for mode in ("teacher", "free"):
+        alone = ChaseSettings(mode, max_new_tokens=10)
+        for name, sample in (("pictures", two), ("clip", clip)):
+            path = tmp_path / f"{name}-{mode}.json"
+            chase(model, processor, [sample], path, alone, progress=False)
+            expected = reference_score(model, processor, sample, mode, max_new_tokens=10)[0]
+            np.testing.assert_allclose(HeadScores.load(path).values, expected, rtol=1e-9, atol=1e-12)
         settings = ChaseSettings(mode, max_new_tokens=10, batch_size=2)
         scores = chase(model, processor, [two, clip], tmp_path / f"{mode}.json", settings, progress=False)
         expected = np.mean([reference_score(model, processor, s, mode, max_new_tokens=10)[0] for s in (two, clip)], 0)
@@ -265,6 +275,37 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     assert resumed.provenance["skipped"] == {"count": 1, "first": ["broken.png: is not readable."]}
 
 
+def _in_a_child(work):
+    """Exit code of ``work`` in a forked process (a spawned one would import transformers anew)."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def test_kill_9_between_two_images(tmp_path):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+
+    def killed_after(count):
+        for k, sample in enumerate(make_samples(4)):
+            if k == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield sample
+
+    def again(count, path):
+        chase(model, processor, killed_after(count), path, ChaseSettings("teacher"), progress=False)
+
+    for count in (1, 3):
+        assert _in_a_child(lambda count=count: again(count, tmp_path / "k.json")) == -signal.SIGKILL
+        assert os.listdir(tmp_path) == ["k.json.partial.jsonl"]
+        lines = (tmp_path / "k.json.partial.jsonl").read_bytes().splitlines()
+        assert len(lines) == 1 + count  # header
+    again(None, tmp_path / "k.json")
+    again(None, tmp_path / "w.json")
+    for name in ("{}.json", "{}.provenance.json"):
+        assert (tmp_path / name.format("k")).read_bytes() == (tmp_path / name.format("w")).read_bytes()
+
+
 def test_partial_of_other_settings_is_refused(tmp_path):
     model, processor = tiny.llava_next(), tiny.llava_processor()
 
@@ -312,6 +353,35 @@ def test_full_disk_keeps_whole_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, "fsync", stock)
     resumed = run(model, processor, samples, tmp_path / "s.json")
     assert np.array_equal(resumed.values, run(model, processor, samples, tmp_path / "w.json").values)
+
+
+def test_a_write_that_the_system_refuses_midway(tmp_path):
+    """The system takes part of a record, as a disk that fills up: whole lines stay, and the sentence says so."""
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+    path, partial = tmp_path / "s.json", tmp_path / "s.json.partial.jsonl"
+
+    def breaking():
+        yield from make_samples(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, processor, breaking(), path)
+    whole = partial.read_bytes()
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, resource.RLIM_INFINITY))
+        try:
+            run(model, processor, make_samples(5), path)
+        except OSError as error:
+            os._exit(
+                0 if f"2 inputs are kept: make room and run the same command again: '{partial}'" in str(error) else 1
+            )
+        os._exit(2)
+
+    assert _in_a_child(limited) == 0
+    assert partial.read_bytes() == whole and os.listdir(tmp_path) == [partial.name]
+    resumed = run(model, processor, make_samples(5), path)
+    assert np.array_equal(resumed.values, run(model, processor, make_samples(5), tmp_path / "w.json").values)
 
 
 def test_bad_inputs_are_named_counted_and_skipped(tmp_path):

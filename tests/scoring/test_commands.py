@@ -12,6 +12,7 @@ from sparsemm_lmms.head_scores import HeadScores, provenance_path
 from sparsemm_lmms.scoring import plots
 from sparsemm_lmms.scoring.commands import app, calibration_source
 from sparsemm_lmms.scoring.plots import plot_budgets, plot_heads
+from sparsemm_lmms.scoring.summary import sentences, summarise
 
 from . import tiny
 
@@ -41,13 +42,19 @@ def test_chase_heads_budgets(folder, tmp_path):
     assert facts["model"] == str(folder) and facts["kv_heads"] == 2 and facts["data"]["readings"] == "mixture"
     told = invoke("heads", scores, "--plot", tmp_path / "h.png", "--top", 3)
     assert HeadScores.load(scores).content_hash in told and "Drawn" in told
-    told = invoke("heads", scores, scores, "--plot", tmp_path / "h2.svg")
-    assert "Spearman 1.000; overlap of the top 5 % 100%" in told
+    told = invoke("heads", scores, scores, "--plot", tmp_path / "h2.svg", "--summary", tmp_path / "summary.json")
+    assert "The two files: Spearman 1.000; overlap of the top 5 % 100%" in told
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (
+        found["agreement"]["top_10_percent_overlap"] == 1 and [f["file"] for f in found["files"]] == [scores.name] * 2
+    )
     told = invoke("budgets", scores, "--budget", 64, "--plot", tmp_path / "b.png")
     assert "of nominal 384" in told  # 3 layers x 2 kv heads x 64, kv heads from the provenance
     told = invoke("budgets", scores, "--budget", 64, "--prompt-length", 100, "--redistribute")
     assert "Sum 384 of nominal 384 (100.0%)" in told
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("scores")) == ["b.png", "h.png", "h2.svg"]
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("scores")) == [
+        "b.png", "h.png", "h2.svg", "summary.json",
+    ]  # fmt: skip
 
 
 def test_wrong_family_and_too_many_files(folder, tmp_path):
@@ -58,6 +65,8 @@ def test_wrong_family_and_too_many_files(folder, tmp_path):
         invoke("heads", path, path, path)
     with pytest.raises(ValueError, match="must be generated, demo, folder:PATH or synthdog"):
         calibration_source("folder:", 3)
+    with pytest.raises(ValueError, match="--prompt does not apply to --data demo"):
+        calibration_source("demo", 3, prompt="Read")
     with pytest.raises(ValueError, match="redistribute depends on the prompt"):
         invoke("budgets", path, "--redistribute")
     with pytest.raises(ValueError, match="kv_heads=3 must divide the 2 query heads"):
@@ -69,6 +78,19 @@ def test_sources_by_name(tmp_path):
     assert calibration_source("demo", 3, "mixture").kind == "mixed" and calibration_source("demo", 3).kind == "all"
     assert calibration_source(f"folder:{tmp_path}", 3).folder == str(tmp_path)
     assert calibration_source("synthdog:org/data", 3, prompt="Read").prompt == "Read"
+
+
+def test_summary_says_what_the_file_holds():
+    values = np.array([[6.0, 2.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0]])
+    facts = {"images": 200, "tokens": 9, "tokens_counted": 7, "mode": "free", "skipped": {"count": 1, "first": ["x"]}}
+    found = summarise(HeadScores(values, values / 4, facts))
+    assert found["top_10_percent"] == {"heads": 1, "share": 0.6} and found["heads_holding_half"] == 1
+    assert found["relative_stderr_top_10_percent"] == {"median": 0.25, "most": 0.25, "most_with_50_images": 0.5}
+    assert found["skipped"] == 1 and found["layers"] == 2 and "split_half" not in found
+    told = " ".join(sentences(HeadScores(values, values / 4, facts)))
+    assert "top 10 % (1) 60%; 1 heads (10%) hold half" in told and "200 images (1 skipped), 7 of 9 tokens" in told
+    assert "at most 25.0% of its score; with 50 images about 50.0%" in told
+    assert len(sentences(HeadScores(values))) == 2  # shares and hash: a bare file tells no more
 
 
 @pytest.fixture()

@@ -102,6 +102,20 @@ def test_a_model_that_is_not_there(config, tmp_path, monkeypatch):
         resolve_head_scores("auto", config, str(empty), cache_dir=tmp_path, pages=2)
 
 
+def test_a_kept_file_that_is_spoilt_and_a_cache_that_cannot_be_written(config, folder, tmp_path, monkeypatch):
+    path = cache_file(config, str(folder), "main", tmp_path)
+    path.write_text("{half")
+    with pytest.raises(ValueError, match="kept by head_scores=auto: delete it"):
+        resolve_head_scores("auto", config, str(folder), cache_dir=tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(resolve, "cache_file", refuse)
+    with pytest.raises(ValueError, match="cannot keep what it finds.*Permission denied.*set HF_ASSETS_CACHE"):
+        resolve_head_scores("auto", config, str(folder))
+
+
 def _compete(config, folder, cache, queue):
     from sparsemm_lmms.scoring import resolve
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sparsemm_lmms.scoring import budget_table, statistics
-from sparsemm_lmms.scoring.statistics import spearman, split_half, top_count, top_overlap, top_share
+from sparsemm_lmms.scoring.statistics import (
+    group_agreement,
+    heads_holding,
+    spearman,
+    split_half,
+    top_count,
+    top_overlap,
+    top_share,
+)
 
 TABLES = hnp.arrays(np.float64, (3, 5), elements=st.integers(0, 6).map(float))
 
@@ -49,6 +57,24 @@ def test_split_half():
     )
     assert split_half(tables[:3]) is None
     assert split_half(np.zeros((8, 2, 2))) is None
+
+
+def test_groups_of_images():
+    rng = np.random.default_rng(0)
+    tables = rng.random((130, 3, 4)) * np.arange(12).reshape(3, 4)
+    first, second = tables[:50].mean(0), tables[50:100].mean(0)
+    found = group_agreement(tables, 50)
+    assert found["size"] == 50 and found["groups"] == 2
+    assert found["spearman_mean"] == found["spearman_least"] == pytest.approx(spearman(first, second), abs=1e-6)
+    many = group_agreement(tables, 10)
+    assert many["groups"] == 13 and many["spearman_least"] < many["spearman_mean"] < 1
+    assert group_agreement(tables[:99], 50) is None
+    assert group_agreement(np.concatenate([tables[:50], 0 * tables[:50]]), 50) is None
+
+
+@pytest.mark.parametrize("share, heads", [(0.5, 2), (0.7, 2), (0.71, 3), (1.0, 4)])
+def test_heads_that_hold_a_share(share, heads):
+    assert heads_holding(np.array([[1.0, 4.0], [3.0, 2.0]]), share) == heads
 
 
 @pytest.mark.parametrize("module", [statistics, budget_table])
