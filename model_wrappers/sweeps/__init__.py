@@ -1,0 +1,1 @@
+"""Sweeps over methods and budgets on lmms-eval's tasks: resumable runs, tables, statistics, figures and cards."""

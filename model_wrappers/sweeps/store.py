@@ -1,0 +1,113 @@
+"""What a sweep keeps on disk, and nothing else needs: every table and figure is made from it without a model.
+
+<sweep>/sweep.json                 the plan and the environment
+<sweep>/cells/<name>/cell.json     one run: settings, metrics, cache statistics; there only once it is complete
+<sweep>/cells/<name>/samples.jsonl one line a document
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document of one task under one cell.
+
+    Attributes:
+        scores: the host's per-document metrics that are numbers.
+        kept_tokens: mean over layers and kv heads.
+    """
+
+    task: str
+    doc_id: int
+    scores: dict[str, float]
+    answer: str
+    target: str
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    kept_tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """One model, method and budget on all tasks of the sweep.
+
+    Attributes:
+        model: name of the family with its checkpoint, as tables show it.
+        method: name of the method, or of the control (`permuted`, `layer_mean`, `random#3`).
+        budget: tokens per kv head, or None for fullkv.
+        variant: what an ablation changed, e.g. {"ratio": 0.3}; empty otherwise.
+        settings: everything that decided the answers, as `CompressedModel.settings()` gives it.
+        metrics: task -> metric -> the host's aggregated value.
+        statistics: what `RunStatistics.metrics()` measured (kept_tokens, kv_bytes_used, tpot_ms...), by task.
+        error: why the cell failed, or None.
+    """
+
+    name: str
+    model: str
+    family: str
+    method: str
+    budget: int | None
+    variant: dict[str, Any]
+    settings: dict[str, Any]
+    metrics: dict[str, dict[str, float]]
+    statistics: dict[str, dict[str, float]]
+    seconds: float
+    error: str | None = None
+    samples: tuple[Sample, ...] = field(default=(), compare=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_cell(sweep: Path, record: CellRecord) -> None:
+    """Store a cell: samples first, `cell.json` last, so a folder with that file is complete."""
+    folder = sweep / "cells" / record.name
+    lines = [json.dumps(asdict(sample), ensure_ascii=False, sort_keys=True) for sample in record.samples]
+    write_text(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
+    values = asdict(record)
+    del values["samples"]
+    write_text(folder / "cell.json", json.dumps(values, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def read_cell(folder: Path) -> CellRecord:
+    """A complete cell with its samples.
+
+    Raises:
+        ValueError: for a folder that is not what `write_cell` wrote.
+    """
+    try:
+        values = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        return CellRecord(**values, samples=tuple(Sample(**json.loads(line)) for line in lines))
+    except (TypeError, json.JSONDecodeError, FileNotFoundError) as error:
+        raise ValueError(f"{folder} is not a complete cell of a sweep ({error}); delete it and run again.") from error
+
+
+def read_cells(sweep: Path) -> Iterator[CellRecord]:
+    """All complete cells of a sweep, by name."""
+    for file in sorted((sweep / "cells").glob("*/cell.json")):
+        yield read_cell(file.parent)
+
+
+def forget_cell(sweep: Path, name: str) -> None:
+    """Remove a cell, so that it runs again."""
+    shutil.rmtree(sweep / "cells" / name, ignore_errors=True)
