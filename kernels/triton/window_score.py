@@ -352,15 +352,18 @@ def window_score_torch(
     batch, q_heads, window, head_dim = query.shape
     kv_heads, n = key.shape[1:3]
     length = n - window
-    rows = query.float().reshape(batch, kv_heads, -1, head_dim)  # the G heads of a kv head share its keys
-    logits = (rows @ key.float().transpose(2, 3)).view(batch, q_heads, window, n).mul_(scaling)
+    rows = (query.float() * scaling).reshape(batch, kv_heads, -1, head_dim)  # the G heads of a kv head share its keys
+    logits = (rows @ key.float().transpose(2, 3)).view(batch, q_heads, window, n)
     column = torch.arange(n, device=key.device)
-    hidden = column > length + torch.arange(window, device=key.device)[:, None]
+    future = column[:window] > column[:window, None]
+    logits[..., length:].masked_fill_(future, float("-inf"))
     if pad is not None:
-        hidden = hidden | (column < pad[:, None, None, None])
-    logits.masked_fill_(hidden, float("-inf"))
-    # Rows that are padding themselves see nothing: softmax gives NaN there.
-    mean = logits.softmax(-1)[..., :length].nan_to_num_(nan=0.0).mean(2)
+        logits.masked_fill_(column < pad[:, None, None, None], float("-inf"))
+    # In place: a second tensor of this size costs more to allocate than its softmax.
+    probabilities = logits.softmax(-1) if logits.requires_grad else torch.softmax(logits, -1, out=logits)
+    if pad is not None:  # rows that are padding themselves see nothing: softmax gives NaN there
+        probabilities.nan_to_num_(nan=0.0)
+    mean = probabilities[..., :length].mean(2)
     mean = mean.view(batch, kv_heads, -1, length)
     score = mean.mean(2) if gqa_func == "mean" else mean.amax(2)
     if pad is None:
