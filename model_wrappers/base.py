@@ -187,7 +187,8 @@ class CompressedChatModel(CompressedModel, lmms):
         statistics.skipped_oom = sum(not host_requests.is_padding(requests[i]) for i in guard.skipped)
         if guard.skipped:
             names = ", ".join(host_requests.describe(requests[i]) for i in guard.skipped)
-            logger.warning(f"{len(guard.skipped)} documents did not fit into memory and count as empty: {names}.")
+            share = f"{len(guard.skipped)} of {len(requests)} requests"
+            logger.warning(f"{share} did not fit into memory and count as empty answers: {names}.")
         self._log(statistics)
 
     def _generation(self, request: Instance) -> GenerationSettings:

@@ -150,7 +150,7 @@ class Engine:
             sizes["video_sizes"] = [frames.shape[:3] for frames in prompt.videos]
         media = self.processor._get_num_multimodal_tokens(**sizes)
         vision = [n for kind in ("num_image_tokens", "num_video_tokens") for n in media[kind] or ()]
-        return len(self.processor.tokenizer(prompt.text)["input_ids"]) + int(sum(vision))
+        return len(self.processor.tokenizer(prompt.text)["input_ids"]) - len(vision) + int(sum(vision))
 
     def require_video(self) -> None:
         """Raise NotImplementedError where the family reads no video."""

@@ -125,8 +125,10 @@ def _prepare_processor(processor: ProcessorMixin, options: RunOptions) -> None:
         )
     limits = {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}
     if given := {edge: value for edge, value in limits.items() if value is not None}:
-        size = processor.image_processor.size
-        processor.image_processor.size = type(size)(**{edge: size[edge] for edge in limits} | given)
+        for resizer in filter(None, (processor.image_processor, getattr(processor, "video_processor", None))):
+            resizer.size = type(resizer.size)(**{edge: resizer.size[edge] for edge in limits} | given)
+    if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
+        processor.video_processor.cap_pixels_per_frame = True  # as qwen-vl-utils, which the host's stock model uses
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ def read_video(
         start, end: seconds between which frames are taken.
 
     Raises:
+        FileNotFoundError: for a file that is not there.
         ValueError: for a file that does not tell how many frames it has.
     """
     if isinstance(source, dict):
@@ -67,5 +69,7 @@ def read_video(
             raise ValueError(f"The video {source} does not tell its number of frames; convert it to MP4.")
         return sampling.indices(metadata.total_num_frames, metadata.fps, start, end)
 
+    if "://" not in str(source) and not Path(str(source)).is_file():
+        raise FileNotFoundError(f"There is no video {source}.")
     frames, _ = load_video(str(source), backend="pyav", sample_indices_fn=choose)  # av comes with lmms-eval
     return np.asarray(frames)
