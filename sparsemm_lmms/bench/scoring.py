@@ -1,7 +1,7 @@
 """What chase costs: time against the same generation without scoring, and peak memory over the prompt's length.
 
 The time is a ratio of one run: every batch is generated with and without scoring in turn, which of the two comes first
-alternates, and each batch's median over the repeats counts. The memory is that of tensors, allocated and alive, seen by a
+alternates, and each batch's median over the repeats counts. The memory is that of tensors, made and alive, seen by a
 dispatch mode while one answer is written to prompts of one image and of several; the largest tensor that is made with
 scoring and not without tells whether there ever was an attention matrix.
 """

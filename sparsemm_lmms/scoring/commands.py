@@ -245,7 +245,7 @@ def _print_budgets(table: Any, nominal: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=f"Tokens kept by a head, nominal {nominal}")
+    shown = Table(title=f"Tokens kept by a head, nominal {nominal}", min_width=40)
     for column in ("layer", "least", "mean", "most"):
         shown.add_column(column, justify="right")
     for layer, row in enumerate(table):

@@ -115,9 +115,12 @@ def test_heads_picture_shows_the_table(tmp_path, figures):
     assert heat.get_xlabel() == "head" and heat.get_ylabel() == "layer" and heat.get_title() == "mine.json"
     line = curve.lines[0].get_ydata()
     assert len(line) == 41 and line[-1] == pytest.approx(100) and (np.diff(line, 2) <= 1e-9).all()
-    held = np.sort(table.reshape(-1))[-2:].sum() / table.sum()
-    assert f"top 5 % of heads hold {held:.0%}" in curve.get_legend().get_texts()[0].get_text()
-    assert curve.lines[1].get_xydata()[0] == pytest.approx([5, 100 * held])
+    held = [np.sort(table.reshape(-1))[-count:].sum() / table.sum() for count in (2, 4)]
+    assert curve.get_legend().get_texts()[0].get_text() == f"mine.json: {held[0]:.0%} and {held[1]:.0%}"
+    assert curve.get_title() == "What the top 5 % and 10 % of heads (2 and 4) hold"
+    assert curve.lines[1].get_xydata().ravel() == pytest.approx([5, 100 * held[0], 10, 100 * held[1]])
+    written = [text.get_text() for text in heat.texts]
+    assert len(written) == 40 and written[-1] == f"{100 * table[3, 9] / table.sum():.1f}"
     with Image.open(tmp_path / "h.png") as image:
         assert image.format == "PNG" and image.width > 1000
 
@@ -140,6 +143,8 @@ def test_budgets_picture_shows_the_table(tmp_path, figures):
     heat, spread = figures[0].axes[:2]
     assert np.array_equal(heat.images[0].get_array(), tokens) and heat.get_xlabel() == "kv head"
     assert spread.get_title() == f"sum 335 of nominal 384 ({335 / 384:.1%})"
+    assert [text.get_text() for text in heat.texts] == ["32", "96", "64", "70", "33", "40"]
     assert np.array_equal(spread.lines[0].get_xdata(), tokens.mean(axis=1))
+    assert [line.get_xdata().tolist() for line in spread.lines[1:3]] == tokens.T.tolist()
     with pytest.raises(ValueError, match="must be a table"):
         plot_budgets(tokens[0], 64, tmp_path / "b.png")

@@ -83,6 +83,9 @@ def test_picture(tmp_path, monkeypatch):
     assert len(axes) == 2 * (len(view.tokens) + 1)
     assert "visual" in axes[0].get_ylabel() and "layer 0, head 3" in axes[0].get_ylabel()
     assert axes[len(view.tokens)].get_title() == f"keeps {view.kept[0].sum()} of {len(view.grid.positions)}"
+    covered = axes[len(view.tokens)].images[1].get_array()[..., 3]  # what the cache dropped is covered, the rest is not
+    held = paint(view.grid, view.kept[0].astype(float), *view.image.size)
+    assert np.array_equal(covered == 0, held == 1) and 0 < (covered > 0).mean() < 1
     bare = view_heads(model, processor, picture(), "Read", SCORES, count=1, max_tokens=1)
     assert bare.kept is None and plot_view(bare, tmp_path / "bare.svg").exists()
     with pytest.raises(ValueError, match="3 layers x 4 heads"):
