@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsemm_lmms.model_wrappers import generation
+from sparsemm_lmms import step_clock
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings, StepClock
 
 
@@ -62,7 +62,7 @@ def test_foreign_keys_are_named() -> None:
 
 def test_clock_separates_the_first_token_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 12.5, 16.5])  # start, first token, end
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: next(times))
     clock = StepClock(torch.device("cpu"))
     for _ in range(5):
         stop = clock(torch.zeros(3, 7), None)
@@ -73,7 +73,7 @@ def test_clock_separates_the_first_token_from_the_rest(monkeypatch: pytest.Monke
 
 def test_clock_without_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 12.0, 12.1])
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: next(times))
     clock = StepClock(torch.device("cpu"))
     clock(torch.zeros(1, 7), None)
     clock.stop()
