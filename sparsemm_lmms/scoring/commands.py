@@ -144,9 +144,9 @@ def budgets(
 
 @app.command()
 def show(
-    image: Annotated[Path, typer.Option(help="Picture to ask about.")],
-    question: Annotated[str, typer.Option(help="Question about it.")],
+    image: Annotated[str, typer.Option(help="Picture to ask about; demo:K for calibration page K of the demo.")],
     plot: Annotated[Path, typer.Option(help="Picture to draw (.png or .svg).")],
+    question: Annotated[str, typer.Option(help="Question about it; default: the demo page's own.")] = "",
     model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = ModelFamily.llava_next,
     pretrained: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
@@ -163,10 +163,9 @@ def show(
     from sparsemm_lmms.scoring.plots import plot_view
     from sparsemm_lmms.scoring.resolve import resolve_head_scores
     from sparsemm_lmms.scoring.show import view_heads
-    from sparsemm_lmms.scoring.sources import open_image
 
     compression = CompressionConfig(method=method, budget=budget, window_size=window_size)
-    picture = open_image(image)
+    picture, question = _picture(image, question)
     path, loaded, processor = named_model(model, pretrained, revision, device)
     scores = resolve_head_scores(head_scores, loaded.config, path, revision, model=loaded, processor=processor)
     view = view_heads(
@@ -175,6 +174,24 @@ def show(
     print(f"Answer: {''.join(view.tokens)}")
     title = f"{question}  ({method}, budget {budget})"
     print(f"Drawn: {plot_view(view, plot, title)}")
+
+
+def _picture(image: str, question: str) -> tuple[Any, str]:
+    """The picture that ``--image`` names, and the question about it."""
+    from sparsemm_lmms.scoring.demo_pages import DemoPages
+    from sparsemm_lmms.scoring.samples import CalibrationSample
+    from sparsemm_lmms.scoring.sources import open_image
+
+    kind, _, page = image.partition(":")
+    if kind == "demo" and page.isdecimal():
+        (sample,) = DemoPages(1, first=int(page))
+        if not isinstance(sample, CalibrationSample):
+            raise ValueError(f"--image {image}: {sample.reason} Take another page.")
+        return sample.images[0], question or sample.prompt
+    picture = open_image(Path(image))
+    if not question:
+        raise ValueError(f"--image {image} needs a --question about it.")
+    return picture, question
 
 
 def named_model(family: ModelFamily, pretrained: str, revision: str, device: str) -> tuple[str, Any, Any]:

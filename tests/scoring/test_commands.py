@@ -148,3 +148,15 @@ def test_budgets_picture_shows_the_table(tmp_path, figures):
     assert [line.get_xdata().tolist() for line in spread.lines[1:3]] == tokens.T.tolist()
     with pytest.raises(ValueError, match="must be a table"):
         plot_budgets(tokens[0], 64, tmp_path / "b.png")
+
+
+def test_show_asks_a_demo_page_its_own_question(folder, tmp_path):
+    scores = HeadScores.random(3, 4).save(tmp_path / "s.json")
+    options = ["--model", "qwen2_vl", "--pretrained", folder, "--device", "cpu", "--head-scores", scores, "--heads", 1]
+    told = invoke("show", "--image", "demo:3", "--tokens", 1, "--plot", tmp_path / "v.png", *options)
+    assert "Answer:" in told and (tmp_path / "v.png").is_file()
+    Image.new("RGB", (50, 40)).save(tmp_path / "page.png")
+    with pytest.raises(ValueError, match="page.png needs a --question"):
+        invoke("show", "--image", tmp_path / "page.png", "--plot", tmp_path / "v.png", *options)
+    with pytest.raises(FileNotFoundError, match="Image demo:x does not exist"):
+        invoke("show", "--image", "demo:x", "--plot", tmp_path / "v.png", *options)
