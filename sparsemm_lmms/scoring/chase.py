@@ -118,7 +118,11 @@ def score_heads(
                 for batch in _batches(itertools.islice(samples, limit), settings.batch_size, len(partial.records)):
                     partial.append(reader.read(batch, first=len(partial.records)))
                     bar.update(len(batch))
-            scores = reduce_records(partial.records[:limit], facts)
+            try:
+                scores = reduce_records(partial.records[:limit], facts)
+            except ValueError:
+                partial.remove()  # of no use: going on with it after the images were mended would fail again
+                raise
             scores.save(output)
             partial.remove()
     finally:

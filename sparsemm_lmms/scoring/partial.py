@@ -46,6 +46,8 @@ class PartialResults:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.records:  # nothing to go on with
+            self.remove()
         self._file.close()
 
     def append(self, records: list[dict[str, Any]]) -> None:
@@ -73,12 +75,13 @@ class PartialResults:
         self._file.seek(0)
         content = self._file.read()
         lines = content.split(b"\n")[:-1]  # what follows the last line feed is torn
-        if not lines:
+        wanted = {"sparsemm_lmms_chase": 1, "settings": self.settings}
+        if len(lines) < 2:  # no image was done, whatever the settings
             self._file.truncate(0)
-            self._write({"sparsemm_lmms_chase": 1, "settings": self.settings})
+            self._write(wanted)
             return
         header = _loads(lines[0])
-        if header != {"sparsemm_lmms_chase": 1, "settings": self.settings}:
+        if header != wanted:
             changed = _differences((header or {}).get("settings"), self.settings)
             raise ValueError(
                 f"{self.path} belongs to a run with other settings ({changed}); delete it or choose another output."

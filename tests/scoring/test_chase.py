@@ -320,6 +320,20 @@ def test_partial_of_other_settings_is_refused(tmp_path):
         chase(model, processor, breaking(), tmp_path / "s.json", settings, progress=False)
 
 
+def test_a_run_that_did_nothing_leaves_nothing(tmp_path):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+
+    def nothing():
+        raise FileNotFoundError("no such folder")
+        yield
+
+    with pytest.raises(FileNotFoundError):
+        run(model, processor, nothing(), tmp_path / "s.json")
+    assert not os.listdir(tmp_path)
+    (tmp_path / "s.json.partial.jsonl").write_text('{"killed": "before the first image"}\n')
+    assert run(model, processor, make_samples(2), tmp_path / "s.json").provenance["images"] == 2
+
+
 def test_two_runs_into_one_output_are_refused(tmp_path):
     model, processor = tiny.llava_next(), tiny.llava_processor()
 
@@ -409,6 +423,7 @@ def test_bad_inputs_are_named_counted_and_skipped(tmp_path):
         assert words in told
     with pytest.raises(ValueError, match="No usable calibration images among 7: empty: has no text boxes"):
         run(model, processor, bad, tmp_path / "none.json")
+    assert run(model, processor, good, tmp_path / "none.json").provenance["images"] == 2  # the mended images are read
 
 
 def test_limit_and_per_token(tmp_path):
