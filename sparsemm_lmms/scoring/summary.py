@@ -25,7 +25,7 @@ def summarise(scores: HeadScores) -> dict[str, Any]:
     found |= {"layers": scores.layers, "q_heads": scores.heads, "content_hash": scores.content_hash}
     for name, share in (("top_5_percent", 0.05), ("top_10_percent", 0.10)):
         found[name] = {"heads": top_count(values.size, share), "share": round(top_share(values, share), 6)}
-    found["heads_holding_half"] = heads_holding(values)
+    found["heads_holding"] = {"50_percent": heads_holding(values, 0.5), "90_percent": heads_holding(values, 0.9)}
     if scores.stderr is not None:
         best = np.argsort(-values, axis=None, kind="stable")[: top_count(values.size, 0.10)]
         relative = scores.stderr.reshape(-1)[best] / values.reshape(-1)[best]
@@ -40,10 +40,12 @@ def sentences(scores: HeadScores) -> list[str]:
     """``summarise`` in words, one fact a line."""
     found = summarise(scores)
     size = scores.values.size
-    top5, top10, half = found["top_5_percent"], found["top_10_percent"], found["heads_holding_half"]
+    top5, top10 = found["top_5_percent"], found["top_10_percent"]
+    half, most = found["heads_holding"].values()
     told = [
         f"Of the total score the top 5 % of heads ({top5['heads']} of {size}) hold {top5['share']:.0%}, "
-        f"the top 10 % ({top10['heads']}) {top10['share']:.0%}; {half} heads ({half / size:.0%}) hold half of it."
+        f"the top 10 % ({top10['heads']}) {top10['share']:.0%}; {half} heads ({half / size:.0%}) hold half of it, {most} "
+        f"({most / size:.0%}) nine tenths."
     ]
     if "tokens" in found:
         told.append(

@@ -84,11 +84,17 @@ def test_summary_says_what_the_file_holds():
     values = np.array([[6.0, 2.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0]])
     facts = {"images": 200, "tokens": 9, "tokens_counted": 7, "mode": "free", "skipped": {"count": 1, "first": ["x"]}}
     found = summarise(HeadScores(values, values / 4, facts))
-    assert found["top_10_percent"] == {"heads": 1, "share": 0.6} and found["heads_holding_half"] == 1
+    assert found["top_10_percent"] == {"heads": 1, "share": 0.6} and found["heads_holding"] == {
+        "50_percent": 1,
+        "90_percent": 3,
+    }
     assert found["relative_stderr_top_10_percent"] == {"median": 0.25, "most": 0.25, "most_with_50_images": 0.5}
     assert found["skipped"] == 1 and found["layers"] == 2 and "split_half" not in found
     told = " ".join(sentences(HeadScores(values, values / 4, facts)))
-    assert "top 10 % (1) 60%; 1 heads (10%) hold half" in told and "200 images (1 skipped), 7 of 9 tokens" in told
+    assert (
+        "top 10 % (1) 60%; 1 heads (10%) hold half of it, 3 (30%) nine tenths" in told
+        and "200 images (1 skipped), 7 of 9 tokens" in told
+    )
     assert "at most 25.0% of its score; with 50 images about 50.0%" in told
     assert len(sentences(HeadScores(values))) == 2  # shares and hash: a bare file tells no more
 
