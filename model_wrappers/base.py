@@ -23,7 +23,7 @@ from .engine import Engine, Prompt
 from .generation import GenerationSettings
 from .host import install
 from .likelihood import Document, read_document, score
-from .loading import resolve_device
+from .loading import Checkpoint, resolve_device
 from .media import FrameSampling
 from .memory import MemoryGuard
 from .names import class_name
@@ -37,12 +37,13 @@ class CompressedChatModel(CompressedModel, lmms):
     """A vision-language model whose KV cache is compressed by `method`.
 
     Families subclass it with `family`; `method_variants` adds `method`. All arguments are checked before anything is
-    loaded; see `RunOptions` and `CompressionConfig` for what they mean.
+    loaded; see `RunOptions` and `CompressionConfig` for what they mean. `checkpoint` is one that another model of this
+    family has loaded: many settings can share it.
     """
 
     is_simple = False
 
-    def __init__(self, max_batch_size: Any = None, **model_args: Any) -> None:
+    def __init__(self, max_batch_size: Any = None, checkpoint: Checkpoint | None = None, **model_args: Any) -> None:
         super().__init__()
         install(CompressedChatModel)
         host_requests.repair()
@@ -52,7 +53,9 @@ class CompressedChatModel(CompressedModel, lmms):
         self.configure(model_args)
         self.accelerator = _accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        checkpoint = self.load(resolve_device(self.options, self.accelerator), progress=self.rank == 0)
+        device = resolve_device(self.options, self.accelerator)
+        checkpoint = self.load(device, progress=self.rank == 0, checkpoint=checkpoint)
+        self.config = checkpoint.model.config  # the host asks for it after `clean` too
         prompt = self.options.system_prompt
         self.system_prompt = self._resolve_system_prompt(prompt.replace("\\n", "\n")) if prompt else None
         options = self.options
@@ -83,10 +86,6 @@ class CompressedChatModel(CompressedModel, lmms):
         return cls(**{**host, **args})
 
     # -- what the host reads -------------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
 
     @property
     def batch_size(self) -> int:

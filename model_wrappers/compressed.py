@@ -32,13 +32,17 @@ class CompressedModel:
         """Split and check the arguments; see `RunOptions` and `CompressionConfig` for what they mean."""
         self.options, self.compression = split_arguments(self.family, self.method, given)
 
-    def load(self, device: torch.device, progress: bool = True) -> Checkpoint:
-        """Read config, weights and head scores; `progress` shows a bar where scores must be found first."""
+    def load(self, device: torch.device, progress: bool = True, checkpoint: Checkpoint | None = None) -> Checkpoint:
+        """Read config, weights and head scores; `progress` shows a bar where scores must be found first.
+
+        Args:
+            checkpoint: weights and processor loaded before, under options that differ at most in those of the method.
+        """
         self._device = device
         config = read_config(self.family, self.options)
         needs_model = self.options.head_scores.partition(":")[0] in FROM_THE_MODEL
         scores = None if needs_model else self._read_head_scores(config, progress)
-        self.checkpoint = load_checkpoint(self.family, self.options, device)
+        self.checkpoint = checkpoint or load_checkpoint(self.family, self.options, device)
         self.head_scores = self._read_head_scores(config, progress) if needs_model else scores
         return self.checkpoint
 
