@@ -41,7 +41,9 @@ def evaluate(context: typer.Context) -> None:
 @app.command()
 def rerun(
     results: Annotated[Path, typer.Argument(help="A *_results.json of one of this package's models.")],
-    output_path: Annotated[Path | None, typer.Option(help="Where the new results go; default: nowhere.")] = None,
+    output_path: Annotated[
+        Path | None, typer.Option("--output-path", "--output_path", help="Where the new results go; default: nowhere.")
+    ] = None,
 ) -> None:
     """Repeat a run from its record and say whether the metrics are equal (exit status 1 if not)."""
     old = read_results(results)

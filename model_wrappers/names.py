@@ -40,6 +40,6 @@ def stock_id(model_id: str) -> str:
     ('llava_hf', 'qwen2_vl', 'qwen3_vl')
     """
     for family in FAMILIES:
-        if model_id.removeprefix(f"{family}_") in METHODS:
+        if model_id.startswith(f"{family}_") and model_id.removeprefix(f"{family}_") in METHODS:
             return STOCK.get(family, family)
     return model_id

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -95,7 +94,7 @@ def arguments(checkpoints: dict[str, Path], scores: Path) -> Callable[..., str]:
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Write a task `tiny_images` with these image files (bytes) and return the folder for --include_path."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("lmms_eval.api.task._resolve_hf_datasets_cache_dir", lambda: str(tmp_path / "datasets"))
 
     def write(images: Sequence[bytes]) -> Path:
         folder = tmp_path / "tasks"

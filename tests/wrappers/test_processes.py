@@ -1,4 +1,4 @@
-"""The command line as users type it: one process, and two with accelerate."""
+"""The command line as users type it: one process and two, which share the documents."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from .conftest import png
 
 pytestmark = pytest.mark.slow
 SIZES = [(84, 56), (56, 84), (28, 56)]  # three documents: with two processes the second rank is padded
+TWO = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+"""What `accelerate launch --num_processes 2 -m` starts where there are GPUs; without, accelerate starts one process."""
 
 
-def run(
-    launcher: list[str], name: str, model_args: str, folder: Path, out: Path, *more: str
-) -> tuple[str, dict[str, Any]]:
+def run(launcher: list[str], name: str, model_args: str, folder: Path, out: Path) -> tuple[str, dict[str, Any]]:
     command = [sys.executable, "-m", *launcher, "lmms_eval", "--model", name, "--model_args", model_args]
-    command += ["--include_path", str(folder), "--tasks", "tiny_images", "--batch_size", "2", "--log_samples"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(out / "datasets"), "HF_HUB_OFFLINE": "1"}
+    command += ["--include_path", str(folder), "--tasks", "tiny_images", "--batch_size", "1", "--log_samples"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    env["LMMS_EVAL_DATASETS_CACHE"] = str(out / "datasets")
     done = subprocess.run(
-        [*command, "--output_path", str(out), *more], capture_output=True, text=True, env=env, timeout=900, cwd=folder
+        [*command, "--output_path", str(out)], capture_output=True, text=True, env=env, timeout=900, cwd=folder
     )
     text = done.stdout + done.stderr
     assert done.returncode == 0, text
-    files = sorted(out.rglob("*_results.json"))
-    return text, json.loads(files[-1].read_text()) if files else {}
+    [file] = out.rglob("*_results.json")
+    return text, json.loads(file.read_text())
 
 
 def samples(out: Path) -> list[dict[str, Any]]:
@@ -42,27 +43,33 @@ def test_one_and_two_processes_agree(arguments: Callable[..., str], task: Callab
     name, folder = "qwen2_vl_snapkv", task([png(i, size) for i, size in enumerate(SIZES)])
     text, one = run([], name, arguments(name), folder, tmp_path / "one")
     assert "|tiny_images|" in text.replace(" ", "") and text.count("Settings: {") == 1
-    two = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
-    text, both = run(two, name, arguments(name), folder, tmp_path / "two")
+    text, both = run(TWO, name, arguments(name), folder, tmp_path / "two")
     assert text.count("Settings: {") == 1  # rank 0 only
+    assert [r["sparsemm_lmms"]["environment"]["num_processes"] for r in (one, both)] == [1, 2]
     assert both["results"]["tiny_images"] == one["results"]["tiny_images"]
-    assert [s["filtered_resps"] for s in samples(tmp_path / "two")] == [
-        s["filtered_resps"] for s in samples(tmp_path / "one")
-    ]
-    assert one["throughput"]["avg_kept_tokens"] == both["throughput"]["avg_kept_tokens"] == 20
-    assert one["config"]["model"] == name
+    answers = [[s["filtered_resps"] for s in samples(tmp_path / out)] for out in ("one", "two")]
+    assert answers[0] == answers[1] and len(answers[0]) == len(SIZES)
+
+    # what was measured is of all ranks and leaves the padding out
+    measured = [results["sparsemm_lmms"]["measured"] for results in (one, both)]
+    counted = ("kept_tokens", "prompt_tokens", "kv_bytes", "kv_bytes_used", "kv_bytes_full", "output_tokens")
+    assert measured[1]["num_requests"] == len(SIZES)
+    assert {key: measured[1][key] for key in counted} == pytest.approx({key: measured[0][key] for key in counted})
+    for results, numbers in zip((one, both), measured, strict=True):
+        throughput = results["throughput"]
+        assert throughput["total_gen_tokens"] == numbers["output_tokens"]
+        assert throughput["avg_kv_bytes"] == numbers["kv_bytes"] and throughput["avg_kept_tokens"] == 20
+    assert one["sparsemm_lmms"]["run"] == both["sparsemm_lmms"]["run"]  # how many processes is no setting
 
 
-def test_the_response_cache_gives_the_same_answers(
+def test_a_model_spread_by_a_device_map(
     arguments: Callable[..., str], task: Callable[..., Path], tmp_path: Path
 ) -> None:
-    name, folder = "llava_next_random", task([png(i, size) for i, size in enumerate(SIZES)])
-    cache = ["--use_cache", str(tmp_path / "cache")]
-    run([], name, arguments(name), folder, tmp_path / "first", *cache)
-    text, _ = run([], name, arguments(name), folder, tmp_path / "second", *cache)
-    assert "3/3 cache hits" in text
-    assert [s["filtered_resps"] for s in samples(tmp_path / "first")] == [
-        s["filtered_resps"] for s in samples(tmp_path / "second")
+    """accelerate's dispatch on the CPU; a model that is really split needs two GPUs."""
+    name, folder = "llava_next_sparsemm", task([png(i, size) for i, size in enumerate(SIZES)])
+    run([], name, arguments(name), folder, tmp_path / "plain")
+    _, spread = run([], name, arguments(name, device_map="auto", device="auto"), folder, tmp_path / "spread")
+    assert spread["sparsemm_lmms"]["settings"]["device_map"] == "auto"
+    assert [s["filtered_resps"] for s in samples(tmp_path / "plain")] == [
+        s["filtered_resps"] for s in samples(tmp_path / "spread")
     ]
-    text, _ = run([], name, arguments(name, seed=1), folder, tmp_path / "third", *cache)
-    assert "cache hits" not in text
