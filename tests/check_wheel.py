@@ -12,6 +12,7 @@ WANTED = (
     "sparsemm_lmms/model_wrappers/manifest.py",
     "sparsemm_lmms/task_overrides/sparsemm_demo_ocr.yaml",
     "sparsemm_lmms/task_overrides/sparsemm_demo_vqa.yaml",
+    "sparsemm_lmms/task_overrides/sparsemm_demo_choice.yaml",
     "sparsemm_lmms/task_overrides/_sparsemm_demo_yaml",
     "sparsemm_lmms/scoring/commands.py",
     "sparsemm_lmms/demo/models/llava_next/model.safetensors",

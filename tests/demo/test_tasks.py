@@ -55,6 +55,20 @@ def test_metrics():
     assert character_accuracy("A", "XYZ") == 0.0
 
 
+def test_near_misses_differ_in_one_letter():
+    from sparsemm_lmms.task_overrides.utils import near_misses, right_choice
+
+    places = set()
+    for document in stored("vqa"):
+        choices = near_misses(document)
+        right = right_choice(document)
+        assert len(set(choices)) == 4 and choices[right] == document["answer"] and choices == near_misses(document)
+        wrong = choices[:right] + choices[right + 1 :]
+        assert [sum(a != b for a, b in zip(c, document["answer"], strict=True)) for c in wrong] == [1, 1, 1]
+        places.add(right)
+    assert places == {0, 1, 2, 3}
+
+
 def test_the_host_loads_and_scores_the_tasks():
     pytest.importorskip("lmms_eval")
     from lmms_eval.tasks import TaskManager, get_task_dict
