@@ -14,8 +14,8 @@ from .fullkv import FullKV
 
 
 def best_heads(head_scores: np.ndarray, ratio: float) -> np.ndarray:
-    """Flat indices of the `ratio` best heads of the whole model, at least one (ties: the earlier head)."""
-    count = max(1, round(ratio * head_scores.size))
+    """Flat indices of the `ratio` best heads of the whole model, at least one unless it is 0 (ties: the earlier)."""
+    count = max(1, round(ratio * head_scores.size)) if ratio else 0
     return np.argsort(-head_scores.ravel(), kind="stable")[:count]
 
 
