@@ -9,10 +9,9 @@ scoring and not without tells whether there ever was an attention matrix.
 from __future__ import annotations
 
 import json
-import platform
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -37,13 +36,17 @@ def scoring(
     output: Annotated[Path | None, typer.Option(help="The numbers as JSON.")] = None,
 ) -> None:
     """Time and memory that chase adds to a generation."""
+    from sparsemm_lmms.bench.measure import circumstances
     from sparsemm_lmms.head_scores import write_atomically
+    from sparsemm_lmms.scoring.samples import CalibrationSample
 
     _, loaded, processor = named_model(model, pretrained, revision, device)
-    samples = list(calibration_source("demo" if pretrained == "demo" else "generated", max(images, longer)))
+    source = calibration_source("demo" if pretrained == "demo" else "generated", max(images, longer))
+    samples = [sample for sample in source if isinstance(sample, CalibrationSample)]
     cost = {
         "model": f"demo/{model.value}" if pretrained == "demo" else pretrained,
-        **environment(loaded),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        **circumstances(loaded.device),
         "time": time_ratio(loaded, processor, samples[:images], batch_size, repeats, max_new_tokens),
         "memory": [memory_growth(loaded, processor, samples, mode, longer) for mode in MODES],
     }
@@ -64,6 +67,7 @@ def time_ratio(
     import numpy as np
     import torch
 
+    from sparsemm_lmms.bench.measure import in_turn
     from sparsemm_lmms.scoring.chase import text_shape
     from sparsemm_lmms.scoring.inputs import make_batch
     from sparsemm_lmms.scoring.matching import TokenTexts
@@ -90,13 +94,12 @@ def time_ratio(
         if lengths != watched:
             raise RuntimeError(f"Scoring changed what the model writes: {lengths} tokens without, {watched} with it.")
         tokens += sum(lengths)
-    spent: dict[Any, list[list[float]]] = {run: [[] for _ in batches] for run in (plain, scored)}
-    for repeat in range(repeats):
-        for index, batch in enumerate(batches):
-            for run in (plain, scored) if (repeat + index) % 2 == 0 else (scored, plain):
-                spent[run][index].append(_seconds(run, batch, model.device))
-    without, with_it = (sum(map(median, spent[run])) for run in (plain, scored))
-    pairs = np.divide(spent[scored], spent[plain])
+    times = [
+        in_turn({"without": partial(plain, batch), "with": partial(scored, batch)}, model.device, repeats)
+        for batch in batches
+    ]
+    without, with_it = (sum(median(spent[name]) for spent in times) / 1e3 for name in ("without", "with"))
+    pairs = [np.divide(spent["with"], spent["without"]) for spent in times]
     return {
         "images": len(samples),
         "batch_size": batch_size,
@@ -149,35 +152,6 @@ def _memory(model: Any, processor: Any, samples: Sequence[Any], mode: str) -> di
         "peak_bytes_with": scored.peak,
         "largest_tensor_added_bytes": max(scored.sizes - without.sizes, default=0),
         "attention_matrix_bytes": 4 * heads * batch.prompt**2,
-    }
-
-
-def _seconds(run: Any, batch: Any, device: Any) -> float:
-    import torch
-
-    wait = torch.cuda.synchronize if device.type == "cuda" else int
-    wait()
-    start = time.perf_counter()
-    run(batch)
-    wait()
-    return time.perf_counter() - start
-
-
-def environment(model: Any) -> dict[str, Any]:
-    """What the numbers depend on besides the model."""
-    import torch
-    import transformers
-
-    from sparsemm_lmms._version import __version__
-
-    cuda = model.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(model.device) if cuda else platform.machine() + " CPU",
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "sparsemm_lmms": __version__,
     }
 
 
