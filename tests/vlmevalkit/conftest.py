@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ..wrappers import tiny
@@ -66,6 +67,23 @@ def picture(tmp_path: Path) -> Callable[..., str]:
         path = tmp_path / f"{index}.png"
         tiny.picture(index, size).save(path)
         return str(path)
+
+    return write
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Callable[[int], str]:
+    """`video(8)`: the path of a video of so many small frames, four a second."""
+    pytest.importorskip("decord", reason="VLMEvalKit reads videos with decord, which is not installed")
+    cv2 = pytest.importorskip("cv2", reason="the video is written with OpenCV, which is not installed")
+
+    def write(frames: int) -> str:
+        path = str(tmp_path / f"{frames}.mp4")
+        writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 4, (84, 56))
+        for i in range(frames):
+            writer.write(cv2.cvtColor(np.asarray(tiny.picture(i)), cv2.COLOR_RGB2BGR))
+        writer.release()
+        return path
 
     return write
 

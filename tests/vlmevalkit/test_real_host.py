@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not IS_REAL, reason="VLMEvalKit is not installed"),
 ]
 COUNT = 14  # the host writes its answers down after every tenth
-MODELS = ("LLaVA-NeXT-Demo_sparsemm_b64", "Qwen2VL-Demo_sparsemm_b64")
+MODELS = ("LLaVA-NeXT-Demo_sparsemm_b64", "Qwen2VL-Demo_sparsemm_b64_dataprompt")
 MCQ, VQA = "SparseMMDemoMCQ", "SparseMMDemo_openended"
 CLASSES = {VQA: {"class": "OCRBench", "dataset": VQA}}  # an unknown name with choices is multiple choice by itself
 
@@ -133,6 +134,56 @@ def test_a_killed_run_is_taken_up(start: Callable[..., subprocess.Popen], whole:
         keep = ("index", "prediction")
         got, wanted = ([[row[k] for k in keep] for row in predictions(o, model, dataset)] for o in (out, whole))
         assert got == wanted
+
+
+def test_failed_answers_are_asked_again(start: Callable[..., subprocess.Popen], whole: Path, tmp_path: Path) -> None:
+    """The host then mixes old texts with new records, and writes `str` of all."""
+    model, out = MODELS[0], tmp_path / "out"
+    shutil.copytree(whole, out, symlinks=True)
+    written = next(out.glob(f"{model}/T*/{model}_{VQA}.tsv"))
+    rows = predictions(out, model, VQA)
+    for row in rows[2:4]:
+        row["prediction"] = "Failed to obtain answer via API."
+    with open(written, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert start(out, "--reuse", models=(model,)).wait() == 0
+    got, wanted = ([row["prediction"] for row in predictions(o, model, VQA)] for o in (out, whole))
+    assert got == wanted and "/2 [" in (out / "printed.txt").read_text()
+
+
+def test_conversations(host: Any, picture: Callable[..., str]) -> None:
+    from vlmeval.inference_mt import chat_mt
+
+    ours = host.supported_VLM["LLaVA-NeXT-Demo_sparsemm_b64"](device="cpu")
+    image, text = {"type": "image", "value": picture(0, (336, 224))}, {"type": "text", "value": "Read line 1."}
+    empty = {"role": "assistant", "content": "the reference"}
+    turns = [{"role": "user", "content": [image, text]}, empty, {"role": "user", "content": [text]}, empty]
+    answers = chat_mt(ours, turns, "MMDU")
+    assert len(answers) == 2 and all(type(answer) is str and "Failed" not in answer for answer in answers)
+
+
+def test_video(host: Any, model: Callable[..., Any], video: Callable[[int], str], tmp_path: Path) -> None:
+    """Through the host's loop for videos, which sets the frames on the model and keeps no records."""
+    import pandas
+    from vlmeval.inference_video import infer_data_job_video
+
+    path = video(8)
+
+    class Videos:
+        dataset_name, videos, nframe, fps, MODALITY = "Video-MME", ["a"], 4, -1, "VIDEO"
+        data = pandas.DataFrame({"index": [0], "video": ["a"], "question": ["What?"]})
+
+        def build_prompt(self, line: int, video_llm: bool) -> list[dict[str, str]]:
+            assert video_llm
+            return [{"type": "video", "value": path}, {"type": "text", "value": "What?"}]
+
+    ours = model("qwen2_vl", method="snapkv")
+    infer_data_job_video(ours, str(tmp_path), "tiny_snapkv_b20_w8_new6", Videos())
+    assert (ours.nframe, ours.fps) == (4, None)
+    written = pandas.read_excel(tmp_path / "tiny_snapkv_b20_w8_new6_Video-MME.xlsx", keep_default_na=False)
+    assert len(str(written["prediction"][0])) <= 6  # the answer, not the record
 
 
 def test_two_processes(start: Callable[..., subprocess.Popen], whole: Path, tmp_path: Path) -> None:
