@@ -223,6 +223,7 @@ class DecodeLoop:
 
         static: dict[str, Tensor] = {}
 
+        @torch.inference_mode()  # every operator costs less; nothing that a step makes outlives it but its logits
         def step() -> None:
             static["logits"] = forward()
             if self.whole:

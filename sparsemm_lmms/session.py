@@ -53,6 +53,11 @@ class CompressionSession:
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        if ids is not None and ids.shape[1] == 1 and isinstance(cache, RaggedCache) and cache is self.cache:
+            if cache.get_seq_length() and cache.method is self.method and kwargs.get("use_cache", True):
+                cache.begin(1, ids.shape[0], None, ids.device)  # a decode step: nothing to look up
+                return args, kwargs
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given.update(given.pop(self._rest, {}))
         cache = given.get("past_key_values")

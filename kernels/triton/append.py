@@ -171,16 +171,16 @@ def append_torch(
 ) -> None:
     """The torch form of `append`: same arguments, same effect; on CUDA tensors it synchronises."""
     tokens, head_dim = new_keys.shape[2:]
+    if new_count is None and tokens == 1 and not bool((length >= capacity).any()):  # the usual decode step
+        rows = (start + length).flatten().long()
+        keys.index_copy_(0, rows, new_keys.reshape(-1, head_dim))
+        values.index_copy_(0, rows, new_values.reshape(-1, head_dim))
+        length += 1
+        return
     count = new_count[:, None].expand_as(length) if new_count is not None else torch.full_like(length, tokens)
     fits = (count <= capacity - length) & (count >= 0) & (count <= tokens)
     first = start.long() + length
     offset = torch.arange(tokens, device=keys.device)
-    if new_count is None and bool(fits.all()):  # the usual decode step: nothing to select
-        rows = (first[:, :, None] + offset).flatten()
-        keys[rows] = new_keys.reshape(-1, head_dim)
-        values[rows] = new_values.reshape(-1, head_dim)
-        length += tokens
-        return
     rows_kept = torch.where(fits, count, 0)
     skip = (tokens - rows_kept)[:, :, None]
     written = offset >= skip

@@ -136,6 +136,7 @@ def check_same(names: str, first: torch.Tensor, second: torch.Tensor) -> None:
 
 def check_device(*tensors: torch.Tensor | None) -> None:
     """All on one device (an int32 on the host would mean a synchronisation at every token)."""
-    devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
-    if len(devices) != 1:
+    given = [tensor.device for tensor in tensors if tensor is not None]
+    if any(device != given[0] for device in given):
+        devices = sorted({str(device) for device in given})
         raise ValueError(f"all tensors must be on one device, got {', '.join(devices)}")

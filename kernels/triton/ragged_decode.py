@@ -27,6 +27,7 @@ DIRECT_LENGTH = 1024  # up to here one program an item is done before a second l
 MAX_ITEMS = 4096  # every program sums the tiles of all items: beyond this the sum costs more than the balance saves
 ITEMS = 256  # items summed at once
 MERGE_PARTS = 16  # partial outputs merged at once
+FEW = 2**17  # numbers in padded keys that a CPU reads sooner than it sorts segments into groups
 
 
 class Plan(NamedTuple):
@@ -209,27 +210,31 @@ def ragged_decode_torch(
     kv_heads = start.shape[1]
     segments = batch * kv_heads
     rows = query.reshape(segments, 1, -1, head_dim)  # the G x t rows of a kv head share its keys
-    flat_start, flat_length = start.flatten().long(), length.flatten().long()
-    limit = flat_length[:, None] - tokens + 1 + torch.arange(tokens, device=query.device)
-    if new_count is not None:
-        padding = torch.arange(tokens, device=query.device) < tokens - new_count[:, None]
-        limit = limit.masked_fill(padding.repeat_interleave(kv_heads, 0), 0)
-
     if query.is_cuda:
         longest = shortest = int(length.max()) if max_length is None else max_length
         even = False
     else:
-        shortest, longest = (int(x) for x in flat_length.aminmax())
+        shortest, longest = (int(x) for x in length.aminmax())
         even = shortest == longest
     if longest <= 0:
         return query.new_zeros(query.shape)
-    if even and uniform_stride is not None:
-        size, stride = (segments, 1, longest, head_dim), (uniform_stride * head_dim, head_dim, head_dim, 1)
-        offset = int(flat_start[0]) * head_dim
-        key, value = (x.as_strided(size, stride, x.storage_offset() + offset) for x in (keys, values))
-        causal = tokens > 1 or new_count is not None
-        out = _attend(rows, key, value, limit if causal else None, scaling)
-    elif even or query.is_cuda or segments * longest <= 2 * int(flat_length.sum()):
+    in_place = even and uniform_stride is not None
+    few = segments * longest * head_dim <= FEW and not query.is_cuda
+    if tokens == 1 and new_count is None and shortest > 0 and (in_place or few):
+        return _one_token(rows, keys, values, start, length, longest, uniform_stride if even else None, scaling).view(
+            query.shape
+        )
+    flat_start, flat_length = start.flatten().long(), length.flatten().long()
+    limit = None  # all rows see all of their segment
+    if tokens > 1 or new_count is not None or not even:
+        limit = flat_length[:, None] - tokens + 1 + torch.arange(tokens, device=query.device)
+    if new_count is not None:
+        padding = torch.arange(tokens, device=query.device) < tokens - new_count[:, None]
+        limit = limit.masked_fill(padding.repeat_interleave(kv_heads, 0), 0)
+    if in_place:
+        key, value = _in_place(keys, values, start, segments, longest, uniform_stride)
+        out = _attend(rows, key, value, limit, scaling)
+    elif even or query.is_cuda or few or segments * longest <= 2 * int(length.sum()):
         key, value = _gather(keys, values, flat_start, flat_length, longest)
         out = _attend(rows, key, value, limit, scaling)
     else:
@@ -241,6 +246,44 @@ def ragged_decode_torch(
             key, value = _gather(keys, values, flat_start[members], lengths, max(int(lengths.max()), 1))
             out[members] = _attend(rows[members], key, value, limit[members], scaling)
     return out.view(query.shape)
+
+
+def _one_token(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    longest: int,
+    stride: int | None,
+    scaling: float,
+) -> torch.Tensor:
+    """A decode step with no empty segment, in as few operators as possible: on a CPU each costs its call.
+
+    With a `stride` all segments have `longest` rows; else the padding repeats a segment's first row (see `_gather`).
+    """
+    if stride is not None:
+        key, value = _in_place(keys, values, start, len(rows), longest, stride)
+        return F.scaled_dot_product_attention(rows, key, value, scale=scaling)
+    j = torch.arange(longest, dtype=start.dtype, device=start.device)
+    first = start.view(-1, 1)
+    seen = j < length.view(-1, 1)
+    index = torch.where(seen, first + j, first).view(-1)
+    size = (len(rows), 1, longest, -1)
+    key, value = keys.index_select(0, index).view(size), values.index_select(0, index).view(size)
+    return F.scaled_dot_product_attention(rows, key, value, attn_mask=seen[:, None, None], scale=scaling)
+
+
+def _in_place(
+    keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor, segments: int, longest: int, stride: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segments that start `stride` rows apart, as views `[segments, 1, longest, head_dim]`."""
+    dim = keys.shape[1]
+    size, steps, offset = (segments, 1, longest, dim), (stride * dim, dim, dim, 1), int(start[0, 0]) * dim
+    return (
+        keys.as_strided(size, steps, keys.storage_offset() + offset),
+        values.as_strided(size, steps, values.storage_offset() + offset),
+    )
 
 
 def _gather(

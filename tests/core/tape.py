@@ -67,6 +67,7 @@ class TapeGraph:
         self.captures = self.replays = 0
         self.tape = []
 
+    @torch.inference_mode()
     def capture(self, step):
         self.tape = []
         self.captures += 1
@@ -86,6 +87,7 @@ class TapeGraph:
             for storage, before in recorder.before.values():
                 storage.copy_(before)
 
+    @torch.inference_mode()  # as the step was recorded; the real thing does not know of such modes
     def replay(self):
         self.replays += 1
         for action in self.tape:
