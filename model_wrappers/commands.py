@@ -103,7 +103,7 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
         return made
 
     _check_model(arguments or host.parse_eval_args()[1])
-    with _replaced(host, cli_evaluate_single=remembering, TaskManager=with_our_tasks):
+    with replaced(host, cli_evaluate_single=remembering, TaskManager=with_our_tasks):
         host.cli_evaluate(arguments)
     if failures:
         _raise(failures[0], tasks)
@@ -185,7 +185,8 @@ def print_comparison(old: dict[tuple[str, str], float], new: dict[tuple[str, str
 
 
 @contextmanager
-def _replaced(module: Any, **values: Any) -> Iterator[None]:
+def replaced(module: Any, **values: Any) -> Iterator[None]:
+    """Attributes of a module that have other values inside the block."""
     before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "show": "scoring.commands",
     "eval": "model_wrappers.commands",
     "rerun": "model_wrappers.commands",
+    "sweep": "model_wrappers.sweeps.commands",
     "vlmeval": "model_wrappers.vlmevalkit_run",
 }
 """Commands by the module whose Typer `app` holds them. It is imported when the command is asked for."""

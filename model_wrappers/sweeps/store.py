@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ...head_scores import write_atomically
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class CellRecord:
         metrics: task -> metric -> the host's aggregated value.
         statistics: what `RunStatistics.metrics()` measured (kept_tokens, kv_bytes_used, tpot_ms...), by task.
         error: why the cell failed, or None.
+        environment: versions, commit, GPU, kernel backend and checkpoint, as the host's results hold them.
     """
 
     name: str
@@ -61,21 +63,14 @@ class CellRecord:
     statistics: dict[str, dict[str, float]]
     seconds: float
     error: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
     samples: tuple[Sample, ...] = field(default=(), compare=False)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, text)
 
 
 def write_cell(sweep: Path, record: CellRecord) -> None:

@@ -1,0 +1,201 @@
+"""What a sweep runs: cells (a model, a method, a budget), their names, and the ablations of the SparseMM paper.
+
+Methods are those of the package, and controls, which are SparseMM with other head scores: `permuted`, `layer_mean` and
+`uniform`. `random#3`, `permuted#3` and `mask_random#3` are further draws: the seed of the sweep plus 3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config import unknown_name
+from ...methods import METHODS
+from ..arguments import DEMO, Family, RunOptions, known_run_options, known_settings, split_arguments
+from ..families import LLAVA_NEXT, QWEN2_VL
+
+FAMILIES = {family.name: family for family in (LLAVA_NEXT, QWEN2_VL)}
+CONTROLS = ("permuted", "layer_mean", "uniform")
+DRAWN = ("random", "permuted", "mask_random")
+DEFAULT_METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "local_window", "random")
+BUDGETS = (2048, 1024, 512, 256, 128, 64)
+DEMO_BUDGETS = (768, 256, 160, 96, 64, 48)  # of prompts of about 600 tokens; 768 covers them all
+DEMO_TASKS = ("sparsemm_demo_ocr", "sparsemm_demo_vqa")
+RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8, 1.0)  # Table 1
+MASK_RATIOS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+DRAWS = {"scores": 10, "heads": 3}
+OWN_OPTIONS = {"budget": "--budgets", "method": "--methods", "batch_size": "--batch_size", "seed": "--seed"}
+
+
+@dataclass(frozen=True)
+class SweptModel:
+    """A checkpoint and what all its cells have in common.
+
+    Attributes:
+        family: `llava_next` or `qwen2_vl`.
+        arguments: of `--model_args`; a cell gets those that its method knows.
+    """
+
+    family: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def host(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def options(self) -> RunOptions:
+        """Those that decide what is loaded."""
+        return split_arguments(self.host, "fullkv", Cell(self, "fullkv").arguments(seed=0, batch_size=1))[0]
+
+    @property
+    def is_demo(self) -> bool:
+        return self.arguments.get("pretrained") == DEMO
+
+    @property
+    def label(self) -> str:
+        """How tables call it, for example `llava-v1.6-vicuna-7b-hf` or `qwen2_vl demo`."""
+        pretrained = str(self.arguments.get("pretrained") or self.host.pretrained)
+        return f"{self.family} {DEMO}" if self.is_demo else Path(pretrained).name
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, method and budget.
+
+    Attributes:
+        method: as tables show it: a method, a control, or a draw of one (`random#3`).
+        budget: tokens per kv head, or None where nothing is evicted.
+        variant: settings that an ablation changes.
+    """
+
+    model: SweptModel
+    method: str
+    budget: int | None = None
+    variant: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder of its records."""
+        parts = [self.model.label, self.method, *([f"b{self.budget}"] if self.budget else [])]
+        parts += [f"{name}{value:g}" for name, value in self.variant.items()]
+        return "__".join(re.sub(r"[^\w.-]+", "_", part) for part in parts)
+
+    @property
+    def registered_method(self) -> str:
+        """The method of the package that runs it."""
+        base = self.method.partition("#")[0]
+        return "sparsemm" if base in CONTROLS else base
+
+    def arguments(self, seed: int, batch_size: int) -> dict[str, Any]:
+        """All arguments of its model."""
+        base, _, draw = self.method.partition("#")
+        known = known_run_options(self.model.host, self.registered_method) | known_settings(self.registered_method)
+        given = {name: value for name, value in self.model.arguments.items() if name in known}
+        given |= {"batch_size": batch_size, **self.variant}
+        if self.budget is not None:
+            given["budget"] = self.budget
+        if base in DRAWN:
+            given["seed"] = seed + int(draw or 0)
+        if base in CONTROLS:
+            measured = given.get("head_scores", "auto")
+            given["head_scores"] = base if base == "uniform" or measured == "auto" else f"{base}:{measured}"
+        return given
+
+
+def main_cells(model: SweptModel, methods: Sequence[str], budgets: Sequence[int]) -> Iterator[Cell]:
+    """FullKV, with which all others are compared, then every method at every budget; those that evict nothing once."""
+    yield Cell(model, "fullkv")
+    for method in methods:
+        cell = Cell(model, method)
+        if METHODS[cell.registered_method].compresses:
+            yield from (Cell(model, method, budget) for budget in budgets)
+        elif method != "fullkv":
+            yield cell
+
+
+def ablation_cells(model: SweptModel, ablation: str, budgets: Sequence[int], draws: int | None = None) -> list[Cell]:
+    """The cells of one of `ABLATIONS`, FullKV left out.
+
+    `components` (Table 2) and `scores` compare methods, so they share their cells with the main sweep: local_window is
+    the window alone, snapkv adds the same number of scored tokens for every head, sparsemm shares them by head scores.
+    """
+    several = range(draws or DRAWS.get(ablation, 1))
+    if ablation == "ratio":
+        return [Cell(model, "sparsemm", budget, {"ratio": ratio}) for budget in budgets for ratio in RATIOS]
+    if ablation == "components":
+        methods = ["local_window", "snapkv", "sparsemm"]
+    elif ablation == "scores":
+        drawn = [f"{name}#{draw}" for name in ("permuted", "random") for draw in several]
+        methods = ["sparsemm", "layer_mean", "uniform", *drawn]
+    elif ablation == "heads":
+        methods = ["mask", *(f"mask_random#{draw}" for draw in several)]
+        return [Cell(model, method, None, {"mask_ratio": ratio}) for ratio in MASK_RATIOS for method in methods]
+    else:
+        raise ValueError(unknown_name("--ablation", ablation, ABLATIONS))
+    return [Cell(model, method, budget) for budget in budgets for method in methods]
+
+
+ABLATIONS = ("ratio", "components", "heads", "scores")
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Refuse what no cell, or not every cell, could run with.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    for model in {cell.model.label: cell.model for cell in cells}.values():
+        for name, option in OWN_OPTIONS.items():
+            if name in model.arguments:
+                raise ValueError(f"{name} in --model_args belongs to {option}: cells differ in it or share it.")
+        own = [cell for cell in cells if cell.model == model]
+        known = set[str]()
+        for cell in own:
+            known |= known_run_options(model.host, cell.registered_method) | known_settings(cell.registered_method)
+        for name in model.arguments:
+            if name not in known:
+                raise ValueError(unknown_name(f"argument in --model_args for {model.family}", name, sorted(known)))
+        for cell in own:
+            split_arguments(model.host, cell.registered_method, cell.arguments(seed=0, batch_size=1))
+
+
+def parse_methods(text: str) -> list[str]:
+    """Comma-separated methods, controls and draws.
+
+    >>> parse_methods("sparsemm, random#2")
+    ['sparsemm', 'random#2']
+    """
+    names = words(text)
+    for name in names:
+        base, mark, draw = name.partition("#")
+        if base not in METHODS and base not in CONTROLS:
+            raise ValueError(unknown_name("method", base, (*METHODS, *CONTROLS)))
+        if mark and (base not in DRAWN or not draw.isdecimal()):
+            raise ValueError(f"--methods {name}: draws are whole numbers of {', '.join(DRAWN)}, for example random#3.")
+    return names
+
+
+def parse_budgets(text: str) -> list[int]:
+    """Comma-separated tokens per kv head, the largest first."""
+    try:
+        return sorted({int(word) for word in words(text)}, reverse=True)
+    except ValueError:
+        raise ValueError(f"--budgets {text!r} must be whole numbers with commas between, for example 48,96.") from None
+
+
+def parse_families(text: str) -> list[str]:
+    """Comma-separated families."""
+    names = words(text)
+    for name in names:
+        if name not in FAMILIES:
+            raise ValueError(unknown_name("--model", name, tuple(FAMILIES)))
+    return names
+
+
+def words(text: str) -> list[str]:
+    """What stands between commas, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

@@ -1,0 +1,143 @@
+"""From a command line to the cells of a sweep, and the file that says what a folder's sweep is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from lmms_eval.utils import simple_parse_args_string
+
+from ..loading import read_config
+from ..records import command_line, versions
+from .cells import (
+    BUDGETS,
+    DEFAULT_METHODS,
+    DEMO_BUDGETS,
+    DEMO_TASKS,
+    Cell,
+    SweptModel,
+    ablation_cells,
+    check,
+    main_cells,
+    parse_budgets,
+    parse_families,
+    parse_methods,
+    words,
+)
+from .store import write_text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a sweep, and the settings that they share.
+
+    Attributes:
+        cells: those of one model stand together.
+        tasks: tasks or groups of lmms-eval.
+        limit: documents of each task, or their share below 1; None for all.
+        include_path: a folder with further tasks.
+    """
+
+    cells: Sequence[Cell]
+    tasks: tuple[str, ...]
+    limit: float | None = None
+    batch_size: int = 1
+    seed: int = 0
+    include_path: str | None = None
+
+    @property
+    def models(self) -> list[SweptModel]:
+        return list({cell.model.label: cell.model for cell in self.cells}.values())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all cells of a folder must have in common to be compared."""
+        return {"tasks": sorted(self.tasks), "limit": self.limit, "batch_size": self.batch_size, "seed": self.seed}
+
+
+def make_plan(
+    *,
+    families: str = "llava_next",
+    model_args: str = "",
+    methods: str = "",
+    budgets: str = "",
+    ablations: str = "",
+    draws: int | None = None,
+    tasks: str = "",
+    limit: float | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    include_path: str | None = None,
+) -> Plan:
+    """Check the texts of a command line and lay the cells out; nothing but configs is read.
+
+    Raises:
+        ValueError: one sentence for the first mistake.
+    """
+    try:
+        arguments = simple_parse_args_string(model_args)
+    except ValueError:
+        raise ValueError(f"--model_args {model_args!r} is not of the form name=value,name=value.") from None
+    models = [SweptModel(family, arguments) for family in parse_families(families)]
+    if not models:
+        raise ValueError("--model names no family; give llava_next, qwen2_vl or both.")
+    is_demo = all(model.is_demo for model in models)
+    names = tuple(words(tasks)) or (DEMO_TASKS if is_demo else ())
+    if not names:
+        raise ValueError("--tasks is missing; give tasks or groups of lmms-eval, such as ocrbench or sparsemm_paper.")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"--limit {limit:g} must be larger than 0; leave it out for all documents.")
+    tokens = parse_budgets(budgets) or list(DEMO_BUDGETS if is_demo else BUDGETS)
+    kinds = words(ablations)
+    rows = parse_methods(methods) or ([] if kinds else list(DEFAULT_METHODS))
+    cells: list[Cell] = []
+    for model in models:
+        cells += main_cells(model, rows, tokens)
+        for kind in kinds:
+            cells += ablation_cells(model, kind, tokens, draws)
+    cells = list({cell.name: cell for cell in cells}.values())
+    check(cells)
+    for model in models:
+        read_config(model.host, model.options)
+    whole = int(limit) if limit is not None and limit >= 1 else limit
+    return Plan(cells, names, whole, batch_size, seed, include_path)
+
+
+def open_sweep(sweep: Path, plan: Plan) -> None:
+    """Begin a sweep in an empty folder, or go on with one of the same settings; methods, budgets and models may be new.
+
+    Raises:
+        ValueError: with the settings that differ.
+    """
+    file = sweep / "sweep.json"
+    sweep.mkdir(parents=True, exist_ok=True)
+    models = {model.label: {"family": model.family, "model_args": model.arguments} for model in plan.models}
+    names = [cell.name for cell in plan.cells]
+    with FileLock(sweep / ".lock"):
+        old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not old and any(not entry.name.startswith(".") for entry in sweep.iterdir()):
+            raise ValueError(f"--output {sweep} holds files that are no sweep; name a new or an empty folder.")
+        _refuse_other(sweep, old.get("settings", plan.settings), plan.settings)
+        for label, about in models.items():
+            _refuse_other(sweep, old.get("models", {}).get(label, about), about)
+        plans = {
+            "settings": plan.settings,
+            "models": {**old.get("models", {}), **models},
+            "cells": list(dict.fromkeys([*old.get("cells", []), *names])),
+            "versions": versions(),
+            "commands": [*old.get("commands", []), command_line()],
+        }
+        write_text(file, json.dumps(plans, indent=1, ensure_ascii=False) + "\n")
+
+
+def _refuse_other(sweep: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    differing = [f"{name} {old.get(name)} there, {new.get(name)} here" for name in new if old.get(name) != new[name]]
+    if differing:
+        raise ValueError(
+            f"--output {sweep} holds a sweep with other settings ({'; '.join(differing)}); repeat its settings to "
+            "go on with it, or name a new folder."
+        )

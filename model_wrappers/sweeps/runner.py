@@ -1,0 +1,266 @@
+"""Runs the cells of a sweep with lmms-eval's own evaluator, on weights and tasks that are loaded once for each model.
+
+A cell's record appears whole when the cell is done, so a sweep goes on wherever it was stopped. Several processes may
+work on one sweep, each on a GPU of its own: a cell is run by the process that holds its lock, which a kill releases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock, Timeout
+from lmms_eval import __main__ as host
+from lmms_eval.api.task import Task
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.evaluator_utils import get_task_list
+from lmms_eval.models import get_model
+from lmms_eval.tasks import TaskManager, get_task_dict
+from loguru import logger
+
+from ...cli import tasks_folder
+from ..commands import metrics, replaced
+from ..records import KEY
+from .cells import DEMO_TASKS, Cell, SweptModel
+from .plan import Plan
+from .store import CellRecord, Sample, forget_cell, read_cell, write_cell
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_METRICS = frozenset(
+    "doc_id doc target arguments resps filtered_resps token_counts doc_hash input_media submission".split() + [KEY]
+)
+"""What lmms-eval's line of a sample holds besides the metrics of its task."""
+POLL_SECONDS = 2.0
+
+
+class Watcher(Protocol):
+    """Is told how a sweep goes."""
+
+    def loading(self, model: SweptModel) -> None: ...
+
+    def starting(self, cell: Cell) -> None: ...
+
+    def finished(self, record: CellRecord) -> None: ...
+
+
+def stored(sweep: Path, cell: Cell) -> CellRecord | None:
+    """The record of a cell that has run, whether well or not."""
+    folder = sweep / "cells" / cell.name
+    return read_cell(folder) if (folder / "cell.json").exists() else None
+
+
+def is_complete(sweep: Path, cell: Cell) -> bool:
+    """Whether a cell need not run: a failed one runs again."""
+    record = stored(sweep, cell)
+    return record is not None and record.error is None
+
+
+def run(plan: Plan, sweep: Path, watcher: Watcher) -> None:
+    """Run all cells that are not complete. A cell that fails is recorded with its error, and the next one runs.
+
+    Raises:
+        OSError: when the disk is full; what is complete stays.
+    """
+    for model in plan.models:
+        left = [cell for cell in plan.cells if cell.model == model and not is_complete(sweep, cell)]
+        if not left:
+            continue
+        watcher.loading(model)
+        try:
+            loaded = LoadedModel(model, plan)
+        except Exception as error:
+            _raise_disk_full(error)
+            logger.exception(f"{model.label} cannot be loaded.")
+            for cell in left:
+                _keep(sweep, failed(cell, error), watcher)
+            continue
+        while left:
+            left = [cell for cell in left if not _run_unless_taken(loaded, cell, sweep, watcher)]
+            if left:  # another process works on these
+                time.sleep(POLL_SECONDS)
+        del loaded
+
+
+def _run_unless_taken(loaded: LoadedModel, cell: Cell, sweep: Path, watcher: Watcher) -> bool:
+    """Run a cell, or return False where another process holds its lock."""
+    locks = sweep / ".locks"
+    locks.mkdir(exist_ok=True)
+    try:
+        with FileLock(locks / f"{cell.name}.lock", timeout=0):
+            if not is_complete(sweep, cell):
+                forget_cell(sweep, cell.name)
+                watcher.starting(cell)
+                _keep(sweep, _attempt(loaded, cell, sweep / "cells" / cell.name), watcher)
+            return True
+    except Timeout:
+        return False
+
+
+def _attempt(loaded: LoadedModel, cell: Cell, folder: Path) -> CellRecord:
+    started = time.perf_counter()
+    try:
+        return loaded.evaluate(cell, folder)
+    except Exception as error:
+        _raise_disk_full(error)
+        logger.exception(f"{cell.name} failed.")
+        return failed(cell, error, time.perf_counter() - started)
+
+
+def _keep(sweep: Path, record: CellRecord, watcher: Watcher) -> None:
+    write_cell(sweep, record)
+    watcher.finished(record)
+
+
+def failed(cell: Cell, error: Exception, seconds: float = 0.0) -> CellRecord:
+    """The record of a cell that stopped with an error."""
+    reason = f"{type(error).__name__}: {error}".strip()
+    return _record(cell, {}, {}, {}, {}, seconds, (), error=reason)
+
+
+def _raise_disk_full(error: BaseException) -> None:
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in DISK_FULL:
+            advice = "complete cells are kept, so free some space and run the same command again"
+            raise OSError(link.errno, f"{link.strerror} ({advice})", link.filename) from error
+        link = link.__cause__ or link.__context__
+
+
+class LoadedModel:
+    """A checkpoint and the task objects of a sweep, for all cells of one model.
+
+    The host forgets a model after each evaluation, so every cell gets a model object of its own around the same
+    weights. Tasks hold nothing of the model but the prompts of its family, so the objects serve all cells.
+    """
+
+    def __init__(self, model: SweptModel, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        if model.is_demo:
+            torch.set_num_threads(1)  # matrices this small gain nothing from threads, and spin against any other load
+        folders = [str(tasks_folder()), *([plan.include_path] if plan.include_path else [])]
+        only_ours = set(plan.tasks) <= set(DEMO_TASKS)
+        self.manager = TaskManager(
+            "ERROR", include_path=folders, include_defaults=not only_ours, model_name=f"{model.family}_fullkv"
+        )
+        self.tasks = load_tasks(plan.tasks, self.manager)
+        self.checkpoint: Any = None
+        self.checkpoint = self._host_model(Cell(model, "fullkv")).checkpoint
+
+    def evaluate(self, cell: Cell, folder: Path) -> CellRecord:
+        """All tasks under the settings of a cell; submission files of the host go into its folder."""
+        started = time.perf_counter()
+        values: dict[str, dict[str, float]] = {}
+        statistics: dict[str, dict[str, float]] = {}
+        samples: list[Sample] = []
+        about: dict[str, Any] = {}
+        arguments = host_defaults()
+        arguments.output_path = str(folder)
+        for name, task in self.tasks.items():
+            results = simple_evaluate(
+                self._host_model(cell),
+                tasks=[task],
+                batch_size=self.plan.batch_size,
+                limit=self.plan.limit,
+                bootstrap_iters=0,
+                task_manager=self.manager,
+                verbosity="ERROR",
+                cli_args=arguments,
+            )
+            about = results[KEY]
+            statistics[name] = about["measured"]
+            found = {metric: value for (of, metric), value in metrics(results).items() if of == name}
+            values[name] = {metric.removesuffix(",none"): value for metric, value in found.items()}
+            samples += read_samples(name, results["samples"][name])
+        seconds = time.perf_counter() - started
+        return _record(cell, about["settings"], values, statistics, about["environment"], seconds, tuple(samples))
+
+    def _host_model(self, cell: Cell) -> Any:
+        arguments = cell.arguments(self.plan.seed, self.plan.batch_size)
+        kind = get_model(f"{cell.model.family}_{cell.registered_method}")
+        return kind(checkpoint=self.checkpoint, **arguments)
+
+
+def _record(
+    cell: Cell,
+    settings: dict[str, Any],
+    values: dict[str, dict[str, float]],
+    statistics: dict[str, dict[str, float]],
+    environment: dict[str, Any],
+    seconds: float,
+    samples: tuple[Sample, ...],
+    error: str | None = None,
+) -> CellRecord:
+    return CellRecord(
+        name=cell.name,
+        model=cell.model.label,
+        family=cell.model.family,
+        method=cell.method,
+        budget=cell.budget,
+        variant=cell.variant,
+        settings=settings,
+        metrics=values,
+        statistics=statistics,
+        seconds=seconds,
+        error=error,
+        environment=environment,
+        samples=samples,
+    )
+
+
+def host_defaults() -> argparse.Namespace:
+    """What lmms-eval's command line passes to its evaluator where nothing was typed."""
+    with replaced(sys, argv=["lmms-eval"]):
+        return host.parse_eval_args()[1]
+
+
+def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
+    """The tasks of these names, groups taken apart.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest.
+    """
+    for name in names:
+        if name not in manager.all_tasks:
+            nearest = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"Unknown task {name!r} in --tasks; `lmms-eval tasks list` prints all.{hint}")
+    found = [output for name in names for output in get_task_list(get_task_dict([name], manager, "chat"))]
+    return {output.task_name: output.task for output in found}
+
+
+def read_samples(task: str, lines: Sequence[dict[str, Any]]) -> list[Sample]:
+    """The documents of lmms-eval's sample log; where a task has several filters, under the first."""
+    samples: dict[int, Sample] = {}
+    for line in lines:
+        counts = next((found for found in line["token_counts"] if found), {})
+        sample = Sample(
+            task=task,
+            doc_id=int(line["doc_id"]),
+            scores=dict(_scores(line)),
+            answer=_text(line["filtered_resps"][0]),
+            target=_text(line["target"]),
+            prompt_tokens=counts.get("input_tokens"),
+            output_tokens=counts.get("output_tokens"),
+            kept_tokens=counts.get("kept_tokens"),
+        )
+        samples.setdefault(sample.doc_id, sample)
+    return list(samples.values())
+
+
+def _scores(line: dict[str, Any]) -> list[tuple[str, float]]:
+    """Metrics of one document that are numbers; of a dict, which some tasks pass to their aggregation, its `score`."""
+    pairs = [(k, v.get("score") if isinstance(v, dict) else v) for k, v in line.items() if k not in NO_METRICS]
+    return [(k, float(v)) for k, v in pairs if isinstance(v, (int, float)) and math.isfinite(v)]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
