@@ -166,3 +166,16 @@ def test_show_asks_a_demo_page_its_own_question(folder, tmp_path):
         invoke("show", "--image", tmp_path / "page.png", "--plot", tmp_path / "v.png", *options)
     with pytest.raises(FileNotFoundError, match="Image demo:x does not exist"):
         invoke("show", "--image", "demo:x", "--plot", tmp_path / "v.png", *options)
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch):
+    from sparsemm_lmms import cli
+
+    def full():
+        raise OSError(28, "No space left on device; 7 inputs are kept", "s.json.partial.jsonl")
+
+    monkeypatch.setattr(cli, "app", full)
+    with pytest.raises(
+        SystemExit, match="sparsemm-lmms: .*No space left on device; 7 inputs are kept: 's.json.partial"
+    ):
+        cli.main()
