@@ -30,8 +30,8 @@ from sparsemm_lmms.scoring.render import GeneratedPages
 
 PACKAGED = "head_scores.json"
 WORDS = ("auto", "uniform", "random", "layer_mean", "permuted")
-# Teacher forcing: one forward a page. A mixture, each kind of question with the same weight: scores made from
-# transcription alone starve the heads that short questions need (demo_recipe: 0.30 against SnapKV's 0.71 at 50 %).
+# Teacher forcing: one forward a page. A mixture, each answer with the same weight, because users ask short questions as
+# well, and summed scores would be those of the transcriptions, which are about ten times as long.
 AUTO_PAGES = 128
 AUTO_SETTINGS = ChaseSettings(mode="teacher", per_token=True)
 

@@ -127,8 +127,8 @@ def ask(page: Page, readings: Readings, seed: int, prompt: str = PAPER_PROMPT) -
 
     ``transcribe`` (default): the paper's single prompt. ``mixture``: one of three, drawn by page: transcribe
     everything; read the line that starts with a given word; say which word follows a given one (both occur once).
-    Scores made from transcription alone starve the heads that short questions need, so calibrate with the kinds of
-    reading your users ask for.
+    Heads that only find a line, or a key, have little to do in a transcription, so calibrate with the kinds of reading
+    your users ask for (on the demo models both tables serve questions about lines alike; see the README).
     """
     lines = [line for line in page.lines if line]
     whole = CalibrationSample(page.image, prompt, "\n".join(map(_text, lines)), page.boxes, name=page.name)
