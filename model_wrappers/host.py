@@ -80,6 +80,7 @@ def _recorded(kind: type, original: Callable[..., Any], *args: Any, **kwargs: An
     host = {name: call[name] for name in ("limit", "offset", "system_instruction", "apply_chat_template")}
     tasks = {output.task_name: output.task.dump_config() for output in get_task_list(call["task_dict"])}
     evaluation = settings_of_evaluation({**host, **vars(cli_args)} if cli_args else host, tasks)
+    del identity["environment"]["git_commit"]  # in the key of cached answers, but no setting
     digest = fingerprint(identity, evaluation)
     name = run_name(model, digest)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import dispatch_model
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.models.model_utils import gen_metrics
@@ -19,6 +20,7 @@ from loguru import logger
 from sparsemm_lmms import HeadScores
 from sparsemm_lmms.methods import METHODS
 
+from . import tiny
 from .conftest import conversation, png, request
 
 NAMES = [f"{family}_{method}" for family in ("llava_next", "qwen2_vl") for method in METHODS]
@@ -216,6 +218,24 @@ def test_bad_score_files_stop_before_loading(
         load("qwen2_vl_sparsemm", arguments("qwen2_vl_sparsemm", head_scores=path))
     with pytest.raises(FileNotFoundError, match="neither a file nor one of auto, uniform"):
         load("qwen2_vl_sparsemm", arguments("qwen2_vl_sparsemm", head_scores=tmp_path / "nowhere.json"))
+
+
+def test_a_model_placed_by_a_device_map(arguments: Callable[..., str], tmp_path: Path) -> None:
+    """accelerate's hooks around the modules, one layer fetched from disk: all that one device can show of a split."""
+    name = "llava_next_sparsemm"
+    plain, spread = load(name, arguments(name)), load(name, arguments(name, device_map="auto", device="auto"))
+    assert spread.settings()["device_map"] == "auto"
+    requests = [request(plain, conversation(i), i, GREEDY) for i in range(2)]
+    spread.task_dict = plain.task_dict
+    expected = [result.text for result in plain.generate_until(requests)]
+    assert [result.text for result in spread.generate_until(requests)] == expected
+    last = f"model.language_model.layers.{tiny.LAYERS - 1}"
+    places = {name.rpartition(".")[0]: "cpu" for name, _ in spread.model.named_parameters() if last not in name}
+    places[last] = "disk"
+    places.pop("model")
+    dispatch_model(spread.model, places, main_device="cpu", offload_dir=str(tmp_path))
+    assert next(spread.model.get_submodule(last).parameters()).is_meta  # its weights come when it is called
+    assert [result.text for result in spread.generate_until(requests)] == expected
 
 
 def test_clean_releases_the_model(arguments: Callable[..., str]) -> None:

@@ -60,16 +60,3 @@ def test_one_and_two_processes_agree(arguments: Callable[..., str], task: Callab
         assert throughput["total_gen_tokens"] == numbers["output_tokens"]
         assert throughput["avg_kv_bytes"] == numbers["kv_bytes"] and throughput["avg_kept_tokens"] == 20
     assert one["sparsemm_lmms"]["run"] == both["sparsemm_lmms"]["run"]  # how many processes is no setting
-
-
-def test_a_model_spread_by_a_device_map(
-    arguments: Callable[..., str], task: Callable[..., Path], tmp_path: Path
-) -> None:
-    """accelerate's dispatch on the CPU; a model that is really split needs two GPUs."""
-    name, folder = "llava_next_sparsemm", task([png(i, size) for i, size in enumerate(SIZES)])
-    run([], name, arguments(name), folder, tmp_path / "plain")
-    _, spread = run([], name, arguments(name, device_map="auto", device="auto"), folder, tmp_path / "spread")
-    assert spread["sparsemm_lmms"]["settings"]["device_map"] == "auto"
-    assert [s["filtered_resps"] for s in samples(tmp_path / "plain")] == [
-        s["filtered_resps"] for s in samples(tmp_path / "spread")
-    ]
