@@ -44,8 +44,8 @@ def sentences(scores: HeadScores) -> list[str]:
     half, most = found["heads_holding"].values()
     told = [
         f"Of the total score the top 5 % of heads ({top5['heads']} of {size}) hold {top5['share']:.0%}, "
-        f"the top 10 % ({top10['heads']}) {top10['share']:.0%}; {half} heads ({half / size:.0%}) hold half of it, {most} "
-        f"({most / size:.0%}) nine tenths."
+        f"the top 10 % ({top10['heads']}) {top10['share']:.0%}; {half} heads ({half / size:.0%}) hold half of it, "
+        f"{most} ({most / size:.0%}) nine tenths."
     ]
     if "tokens" in found:
         told.append(
