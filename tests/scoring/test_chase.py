@@ -136,8 +136,10 @@ def test_all_views_of_llava_next(tmp_path):
     np.testing.assert_allclose(scores.values, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_free_running_is_teacher_forcing_on_the_models_own_text(family, tmp_path):
+@pytest.mark.parametrize("held", [1, 4, 64])
+def test_free_running_is_teacher_forcing_on_the_models_own_text(family, held, tmp_path, monkeypatch):
     """Two code paths (cache and one forward), one answer: what the model says, given back as the known text."""
+    monkeypatch.setattr(passes, "HELD", held)
     model, processor = family
     told = []
     for sample in make_samples():
