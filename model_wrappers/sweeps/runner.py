@@ -118,7 +118,11 @@ def _attempt(loaded: LoadedModel, cell: Cell, folder: Path) -> CellRecord:
 
 
 def _keep(sweep: Path, record: CellRecord, watcher: Watcher) -> None:
-    write_cell(sweep, record)
+    try:
+        write_cell(sweep, record)
+    except OSError as error:
+        _raise_disk_full(error)
+        raise
     watcher.finished(record)
 
 
