@@ -100,7 +100,8 @@ class CompressedChatModel(CompressedModel, lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer the requests, in their order. Any exception aborts the run; no answer is made up."""
-        engine, results = self._working_engine(), {}
+        engine = self._working_engine()
+        results: dict[int, GenerationResult] = {}
         with self._running(requests, self.options.skip_oom) as (session, statistics, guard, bar):
 
             def answer(picked: Sequence[tuple[int, Prompt]]) -> None:
@@ -126,7 +127,8 @@ class CompressedChatModel(CompressedModel, lmms):
 
         The host asks once for each answer of a document; those with the same context share its prefill.
         """
-        engine, results = self._working_engine(), {}
+        engine = self._working_engine()
+        results: dict[int, tuple[float, bool]] = {}
         groups = host_requests.by_context(requests)
         with self._running(requests) as (session, statistics, guard, bar):
 
@@ -149,7 +151,8 @@ class CompressedChatModel(CompressedModel, lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """The answers of every round of each request, one conversation at a time; see `RunOptions.rounds`."""
-        engine, mode, results = self._working_engine(), self.options.rounds, {}
+        engine, mode = self._working_engine(), self.options.rounds
+        results: dict[int, list[str]] = {}
         if mode != "independent":
             self._say(
                 f"Rounds are one conversation (rounds={mode}); lmms-eval's stock models answer each round without the "

@@ -100,7 +100,7 @@ class Engine:
         cuda_graph: str = "auto",
     ) -> None:
         self.model: Any = checkpoint.model  # `generate` comes from a mixin that type checkers do not see
-        self.processor = checkpoint.processor
+        self.processor: Any = checkpoint.processor  # families bring more than the mixin declares
         self.cuda_graph = cuda_graph
         check_mode(cuda_graph, self.model.device)
         self.system_prompt, self.strip_answers = system_prompt, strip_answers

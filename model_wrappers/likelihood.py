@@ -97,8 +97,7 @@ def score(
     results = [[column[b] for column in columns[: len(d.answers)]] for b, d in enumerate(documents)]
     tokens = parts.mask.sum(1).tolist()
     scored = [sum(choice.tokens for choice in row) for row in results]
-    rows = zip(scored, tokens, kept_tokens(cache, tokens), strict=True)
-    answers = [Answer("", *row) for row in rows]
+    answers = [Answer("", *row) for row in zip(scored, tokens, kept_tokens(cache, tokens), strict=True)]
     return results, measured(cache, answers, [prompt.text for prompt in prompts], clock)
 
 

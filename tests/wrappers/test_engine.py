@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from lmms_eval.protocol import ChatMessages
 
@@ -47,15 +46,6 @@ def test_fullkv_is_stock_transformers(engine: Engine) -> None:
     assert answers(engine, MIXED, 1, method="fullkv") == wanted
     assert answers(engine, MIXED, 4, method="fullkv") == wanted
     assert [stock(engine, messages) for messages in MIXED] == wanted  # and the model is stock again
-
-
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_batch_answers_as_its_prompts_alone(engine: Engine, method: str) -> None:
-    config = {"method": method, "budget": 24, "window_size": 8}
-    alone = answers(engine, MIXED, 1, **config)
-    assert answers(engine, MIXED, 4, **config) == alone
-    if METHODS[method].compresses:
-        assert alone[:3] != answers(engine, MIXED, 1, method="fullkv")[:3]  # something was compressed
 
 
 def test_statistics_of_a_batch(engine: Engine) -> None:
