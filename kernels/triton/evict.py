@@ -150,14 +150,16 @@ def evict_torch(
     out_values: torch.Tensor,
 ) -> None:
     """The torch form of `evict`: same arguments, same effect; raises on positions outside the input."""
-    batch, heads, m = index.shape
-    j = torch.arange(m, device=key.device)
-    kept = j < count[:, :, None]
-    b, h, _ = kept.nonzero(as_tuple=True)
-    source = index[kept].long()
+    heads, m = index.shape[1:]
+    counts = count.flatten().clamp(max=m).long()
+    segment = torch.repeat_interleave(counts)  # one entry a kept row, from here on
+    j = torch.arange(len(segment), device=key.device) - (counts.cumsum(0) - counts)[segment]
+    source = index.flatten().index_select(0, segment * m + j).long()
     if source.numel() and (int(source.min()) < 0 or int(source.max()) >= key.shape[2]):
         raise IndexError(f"index holds positions outside 0..{key.shape[2] - 1}")
-    target = (start[:, :, None].long() + j)[kept]
+    target = start.flatten().long().index_select(0, segment) + j
+    b = segment // heads
+    h = segment - b * heads
     for full, out in ((key, out_keys), (value, out_values)):
         out.index_copy_(0, target, _rows(full, b, h, source))
 
