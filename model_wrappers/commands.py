@@ -50,7 +50,7 @@ def rerun(
     arguments = old["config"].get("resolved_cli_args")
     if not arguments:
         raise ValueError(f"{results} was made from Python, not by lmms-eval's command line, so it cannot be repeated.")
-    own = {"output_path": None if output_path is None else str(output_path)}
+    own: dict[str, Any] = {"output_path": None if output_path is None else str(output_path)}
     if output_path is None:
         own["log_samples"] = False
     sys.argv = ["lmms-eval"]

@@ -68,9 +68,10 @@ def _recorded(kind: type, original: Callable[..., Any], *args: Any, **kwargs: An
     given = inspect.signature(original).bind(*args, **kwargs)
     given.apply_defaults()
     call = given.arguments
-    model, cli_args, cache = call["lm"], call["cli_args"], call["response_cache"]
-    if not isinstance(model, kind):
+    if not isinstance(call["lm"], kind):
         return original(*args, **kwargs)
+    model: Any = call["lm"]
+    cli_args, cache = call["cli_args"], call["response_cache"]
 
     settings = {**model.settings(), "system_prompt": model.system_prompt, "device": model.device.type}  # of all ranks
     where = environment(model)
