@@ -1,4 +1,4 @@
-"""`sparsemm-lmms`: the folder of the tasks, the demo, and where all other commands live.
+"""`sparsemm-lmms`: the folder of the tasks, the version, and where all other commands live.
 
 torch, lmms-eval and matplotlib are imported by the commands that use them: `sparsemm-lmms tasks` stands inside other
 commands and must answer at once.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ ELSEWHERE = {
     "show": "scoring.commands",
     "eval": "model_wrappers.commands",
     "rerun": "model_wrappers.commands",
+    "demo": "model_wrappers.sweeps.commands",
     "sweep": "model_wrappers.sweeps.commands",
     "vlmeval": "model_wrappers.vlmevalkit_run",
 }
@@ -50,12 +50,6 @@ app = typer.Typer(
     add_completion=False,
     help="Compressed KV caches for vision-language models.",
 )
-
-
-class DemoFamily(str, Enum):
-    llava_next = "llava_next"
-    qwen2_vl = "qwen2_vl"
-    all = "all"
 
 
 def _show_version(asked: bool) -> None:
@@ -90,23 +84,6 @@ def tasks_folder() -> Path:
 def version() -> None:
     """Print the version."""
     print(__version__)
-
-
-@app.command()
-def demo(
-    family: Annotated[DemoFamily, typer.Option(help="Which demo model; `all` for both.")] = DemoFamily.llava_next,
-    methods: Annotated[str, typer.Option(help="Comma-separated methods and controls; see the table's rows.")] = "",
-    budgets: Annotated[str, typer.Option(help="Comma-separated tokens per head; the window of 32 included.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
-    output: Annotated[Path, typer.Option(help="The plot (PNG); the numbers lie beside it as JSON.")] = Path(
-        "sparsemm_demo.png"
-    ),
-) -> None:
-    """Run methods x budgets on the packaged demo model: a table and a plot, on the CPU, in minutes."""
-    from .demo_sweep import main as run
-
-    run(family.value, methods=methods, budgets=budgets, limit=limit, seed=seed, output=output)
 
 
 def main() -> None:

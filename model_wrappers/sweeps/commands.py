@@ -43,6 +43,7 @@ def sweep(
     ablation: Annotated[str, typer.Option(help="Comma-separated: ratio, components, heads, scores.")] = "",
     draws: Annotated[int | None, typer.Option(min=1, help="Draws in ablations; 10 of scores, 3 of heads.")] = None,
     include_path: Annotated[str | None, typer.Option("--include_path", help="A folder with further tasks.")] = None,
+    figures: Annotated[str, typer.Option(help="Comma-separated; all that the cells allow if not given.")] = "",
     figures_only: Annotated[bool, typer.Option("--figures-only", help="Tables and figures of what is there.")] = False,
 ) -> None:
     """Evaluate methods x budgets with lmms-eval: every cell is kept as soon as it is done, and never run twice.
@@ -65,11 +66,11 @@ def sweep(
             seed=seed,
             include_path=include_path,
         )
-        run_plan(plan, output)
+        run_plan(plan, output, figures)
     elif not (output / "sweep.json").exists():
         raise FileNotFoundError(f"There is no sweep in {output}; give the --output of one.")
     else:
-        report(output)
+        report(output, figures)
 
 
 @app.command()
@@ -99,7 +100,7 @@ def demo(
     run_plan(plan, output)
 
 
-def run_plan(plan: Plan, output: Path) -> None:
+def run_plan(plan: Plan, output: Path, figures: str = "") -> None:
     """Run what is missing and report all that is there.
 
     Raises:
@@ -117,7 +118,7 @@ def run_plan(plan: Plan, output: Path) -> None:
     with display.progress, quiet_host(output / "log.txt"):
         run(plan, output, display)
     if len(display.failed) < len(plan.cells):
-        report(output)
+        report(output, figures)
     if display.failed:
         reasons = dict.fromkeys(record.error for record in display.failed)
         raise SystemExit(
@@ -126,10 +127,11 @@ def run_plan(plan: Plan, output: Path) -> None:
         )
 
 
-def report(output: Path) -> None:
+def report(output: Path, figures: str) -> None:
     """Tables and figures from the records of a sweep, and the table on the screen."""
+    from .cells import words
     from .report import write_report
 
-    found = write_report(output)
+    found = write_report(output, words(figures))
     Console().print(found.table)
-    print(f"Tables and figures: {output}")
+    print(f"Report with all tables and figures: {output / 'report.md'}")

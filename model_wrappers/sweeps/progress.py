@@ -32,8 +32,7 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, TextColumn("{task.fields[estimate]}"), console=console, transient=True)
         self.bar = self.progress.add_task("", total=self.total, completed=len(done), estimate="")
-        if done:
-            console.print(f"{len(done)} of {self.total} cells are done already.")
+        console.print(f"{self.total} cells" + (f", {len(done)} of them done before" if done else ""), highlight=False)
 
     def loading(self, model: SweptModel) -> None:
         self.progress.update(self.bar, description=f"loading {model.label}")
