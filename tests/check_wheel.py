@@ -10,6 +10,7 @@ WANTED = (
     "sparsemm_lmms/py.typed",
     "sparsemm_lmms/kernels/append.py",
     "sparsemm_lmms/model_wrappers/manifest.py",
+    "sparsemm_lmms/model_wrappers/sweeps/paper/tables_3_4.csv",
     "sparsemm_lmms/task_overrides/sparsemm_demo_ocr.yaml",
     "sparsemm_lmms/task_overrides/sparsemm_demo_vqa.yaml",
     "sparsemm_lmms/task_overrides/sparsemm_demo_choice.yaml",

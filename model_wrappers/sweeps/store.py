@@ -3,18 +3,23 @@
 <sweep>/sweep.json                 the plan and the environment
 <sweep>/cells/<name>/cell.json     one run: settings, metrics, cache statistics; there only once it is complete
 <sweep>/cells/<name>/samples.jsonl one line a document
+<sweep>/cells.jsonl.xz             all of `cells/` in one file, to publish a sweep without its thousand files
 """
 
 from __future__ import annotations
 
 import json
+import lzma
+import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ...head_scores import write_atomically
+
+COMPACT = "cells.jsonl.xz"
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,49 @@ def read_cell(folder: Path) -> CellRecord:
 
 
 def read_cells(sweep: Path) -> Iterator[CellRecord]:
-    """All complete cells of a sweep, by name."""
-    for file in sorted((sweep / "cells").glob("*/cell.json")):
-        yield read_cell(file.parent)
+    """All complete cells of a sweep, by name: those of its folders, and those that stand in its compact file alone.
+
+    Raises:
+        ValueError: for a record that is damaged.
+    """
+    folders = {file.parent.name: file.parent for file in (sweep / "cells").glob("*/cell.json")}
+    packed = {record.name: record for record in _read_compact(sweep / COMPACT)}
+    for name in sorted({*folders, *packed}):
+        yield read_cell(folders[name]) if name in folders else packed[name]
+
+
+def write_compact(sweep: Path, records: Iterable[CellRecord]) -> Path:
+    """Store cells in one compressed file, a line each; the same records give the same bytes."""
+    lines = [json.dumps(_packed(record), ensure_ascii=False, sort_keys=True) + "\n" for record in records]
+    data = lzma.compress("".join(lines).encode(), preset=9)  # its window spans cells: answers repeat
+    path, part = sweep / COMPACT, sweep / f".{COMPACT}.{os.getpid()}"
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _read_compact(path: Path) -> Iterator[CellRecord]:
+    if not path.exists():
+        return
+    try:
+        for line in lzma.decompress(path.read_bytes()).decode().splitlines():
+            values = json.loads(line)
+            samples = [dict(zip(values["sample_fields"], row, strict=True)) for row in values.pop("samples")]
+            del values["sample_fields"]
+            yield CellRecord(**values, samples=tuple(Sample(**sample) for sample in samples))
+    except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what a sweep wrote ({error}); restore it from where it came.") from error
+
+
+def _packed(record: CellRecord) -> dict[str, Any]:
+    """Samples as rows, so that the names of their fields stand there once a cell."""
+    names = [field.name for field in fields(Sample)]
+    values = asdict(record)
+    values["samples"] = [[sample[name] for name in names] for sample in values["samples"]]
+    return {**values, "sample_fields": names}
 
 
 def forget_cell(sweep: Path, name: str) -> None:
