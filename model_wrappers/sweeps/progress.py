@@ -69,11 +69,12 @@ class Display:
 @contextmanager
 def quiet_host(log: Path) -> Iterator[None]:
     """Send what lmms-eval and this package log, and the host's bars, to a file: there would be hundreds of them."""
-    with log.open("a", encoding="utf-8") as file, redirect_stderr(file):
+    with log.open("a", encoding="utf-8") as file:
         logger.remove()
         logger.add(file, level="INFO")
         try:
-            yield
+            with redirect_stderr(file):
+                yield
         finally:
             logger.remove()
-            logger.add(sys.__stderr__)
+            logger.add(lambda message: sys.stderr.write(message))

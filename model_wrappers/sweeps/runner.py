@@ -248,7 +248,7 @@ def read_samples(task: str, lines: Sequence[dict[str, Any]]) -> list[Sample]:
     """The documents of lmms-eval's sample log; where a task has several filters, under the first."""
     samples: dict[int, Sample] = {}
     for line in lines:
-        counts = next((found for found in line["token_counts"] if found), {})
+        counts: dict[str, Any] = next((found for found in line["token_counts"] if found), {})
         sample = Sample(
             task=task,
             doc_id=int(line["doc_id"]),
