@@ -99,8 +99,8 @@ def generate(
         compiled: `stock-static` compiles its decode step (always on CUDA, where transformers does so itself).
     """
     device = model.device
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with switched_on(model, variant, budget) as session:
