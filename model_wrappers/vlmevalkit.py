@@ -181,7 +181,7 @@ class CompressedVLM(CompressedModel):
         """Greedy, or what the stock class's constructor passes to `generate` unless told otherwise."""
         stock = {}
         if self.host.generation == "stock":
-            parameters = inspect.signature(self.stock.__init__).parameters
+            parameters = inspect.signature(self.stock).parameters
             names = {*GenerationSettings.__dataclass_fields__, "do_sample"} & set(parameters)
             stock = {name: parameters[name].default for name in names}
         return GenerationSettings.from_host(stock | {"max_new_tokens": self.host.max_new_tokens}, 1)

@@ -14,15 +14,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from lmms_eval.models import get_model
 from PIL import Image
 
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.vlmevalkit import ADAPTERS, Record, model_class, register
 from sparsemm_lmms.model_wrappers.vlmevalkit_names import is_ours
 from sparsemm_lmms.session import CompressionSession
-
-from ..wrappers.conftest import request as lmms_request
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = sorted(ADAPTERS)
@@ -90,6 +87,11 @@ def test_classes_stand_in_front_of_the_stock_ones(host: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_as_in_lmms_eval(family: str, host: Any, caches: list[Any], tmp_path: Path) -> None:
     """The demo models, the same images and questions: equal answers, equal kept positions of every head."""
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed beside VLMEvalKit")
+    from lmms_eval.models import get_model
+
+    from ..wrappers.conftest import request as lmms_request
+
     rows = pq.read_table(ROOT / "task_overrides" / "sparsemm_demo_vqa.parquet").to_pylist()[:2]
     ours = host.supported_VLM[f"{BASE_OF[family]}-Demo_sparsemm_b64"](device="cpu")
     theirs = get_model(f"{family}_sparsemm").create_from_arg_string("pretrained=demo,budget=64,device=cpu", {})
