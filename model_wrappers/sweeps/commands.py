@@ -43,13 +43,15 @@ def sweep(
     ablation: Annotated[str, typer.Option(help="Comma-separated: ratio, components, heads, scores.")] = "",
     draws: Annotated[int | None, typer.Option(min=1, help="Draws in ablations; 10 of scores, 3 of heads.")] = None,
     include_path: Annotated[str | None, typer.Option("--include_path", help="A folder with further tasks.")] = None,
-    figures: Annotated[str, typer.Option(help="Comma-separated; all that the cells allow if not given.")] = "",
+    figures: Annotated[str, typer.Option(help="With --figures-only: comma-separated, not all.")] = "",
     figures_only: Annotated[bool, typer.Option("--figures-only", help="Tables and figures of what is there.")] = False,
 ) -> None:
     """Evaluate methods x budgets with lmms-eval: every cell is kept as soon as it is done, and never run twice.
 
     --ablation runs its cells in place of the default methods. The same command once for each GPU shares the work.
     """
+    if figures and not figures_only:
+        raise ValueError(f"--figures {figures} goes with --figures-only: a sweep draws all that its cells allow.")
     if not figures_only:
         from .plan import make_plan
 
@@ -66,7 +68,7 @@ def sweep(
             seed=seed,
             include_path=include_path,
         )
-        run_plan(plan, output, figures)
+        run_plan(plan, output)
     elif not (output / "sweep.json").exists():
         raise FileNotFoundError(f"There is no sweep in {output}; give the --output of one.")
     else:
@@ -100,7 +102,7 @@ def demo(
     run_plan(plan, output)
 
 
-def run_plan(plan: Plan, output: Path, figures: str = "") -> None:
+def run_plan(plan: Plan, output: Path) -> None:
     """Run what is missing and report all that is there.
 
     Raises:
@@ -118,7 +120,7 @@ def run_plan(plan: Plan, output: Path, figures: str = "") -> None:
     with display.progress, quiet_host(output / "log.txt"):
         run(plan, output, display)
     if len(display.failed) < len(plan.cells):
-        report(output, figures)
+        report(output)
     if display.failed:
         reasons = dict.fromkeys(record.error for record in display.failed)
         raise SystemExit(
@@ -127,7 +129,7 @@ def run_plan(plan: Plan, output: Path, figures: str = "") -> None:
         )
 
 
-def report(output: Path, figures: str) -> None:
+def report(output: Path, figures: str = "") -> None:
     """Tables and figures from the records of a sweep, and the table on the screen."""
     from .cells import words
     from .report import write_report

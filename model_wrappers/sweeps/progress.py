@@ -77,4 +77,8 @@ def quiet_host(log: Path) -> Iterator[None]:
                 yield
         finally:
             logger.remove()
-            logger.add(lambda message: sys.stderr.write(message))
+            logger.add(_to_stderr)
+
+
+def _to_stderr(message: str) -> None:
+    print(message, end="", file=sys.stderr)

@@ -168,7 +168,10 @@ def test_a_full_disk_ends_the_sweep_and_leaves_nothing_half_written(
 def test_killed_at_random_moments_it_finds_the_same(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     arguments = {**ARGUMENTS, "tasks": "sparsemm_demo_vqa", "methods": "sparsemm,snapkv", "budgets": "64,48"}
-    start(whole, arguments).join()
+    both = [start(whole, arguments) for _ in range(2)]  # they share the cells
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     dice = random.Random()
     kills = with_kills(broken, arguments, (dice.uniform(0.2, 1.5) for _ in range(3)))
     assert contents(broken) == contents(whole), kills
