@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Row:
 
     Attributes:
         ms_per_token: of a decode step (one token for every sequence); tokens_per_s over the batch.
+        of_stock: the median over the rounds of its time a token over that of `stock` in the same round.
         prefill_ms: to the first token, vision tower included; compression_ms: the part that chooses and copies.
         limit_ms: (weights + KV bytes used) / copy bandwidth, the least that a step can take; over_limit: the ratio.
         error: why there are no numbers (out of memory), else None.
@@ -45,6 +47,7 @@ class Row:
     repeats: int
     ms_per_token: Spread | None = None
     tokens_per_s: float | None = None
+    of_stock: float | None = None
     prefill_ms: Spread | None = None
     compression_ms: float | None = None
     kv_bytes_allocated: int | None = None
@@ -135,6 +138,7 @@ def side_by_side(
             limit = 1e3 * (streamed_bytes(model) + done[0].kv_used) / bandwidth
             numbers |= {
                 "ms_per_token": steps,
+                "of_stock": _ratio(done, runs.get("stock", [])),
                 "tokens_per_s": 1e3 * common["batch"] / steps.median,
                 "limit_ms": limit,
                 "over_limit": steps.median / limit,
@@ -155,3 +159,10 @@ def side_by_side(
             )
         )
     return rows
+
+
+def _ratio(runs: list[Run], stock: list[Run]) -> float | None:
+    """Round by round, because whatever else the machine does slows both runs of a round."""
+    pairs = [(a.tpot, b.tpot) for a, b in zip(runs, stock, strict=False)]
+    ratios = [mine / theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+    return median(ratios) if ratios else None

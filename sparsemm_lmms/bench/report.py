@@ -13,7 +13,7 @@ def print_table(rows: Sequence[Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{rows[0].preset}, {rows[0].dtype}, {rows[0].circumstances['device']}")
-    columns = ("context", "batch", "method", "ms/token (least-most)", "tokens/s", "x limit", "prefill ms")
+    columns = ("context", "batch", "method", "ms/token (least-most)", "x stock", "tokens/s", "x limit", "prefill ms")
     columns += ("of it compression", "KV MiB allocated", "used", "peak MiB")
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -30,6 +30,7 @@ def _cells(row: Any) -> list[str]:
     share = "" if row.compression_ms is None else f"{row.compression_ms / row.prefill_ms.median:.1%}"
     return [
         "" if row.ms_per_token is None else str(row.ms_per_token),
+        "" if row.of_stock is None else f"{row.of_stock:.2f}",
         "" if row.tokens_per_s is None else f"{row.tokens_per_s:.1f}",
         "" if row.over_limit is None else f"{row.over_limit:.2f}",
         f"{row.prefill_ms.median:.1f}",
