@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import sys
 import traceback
@@ -13,8 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import unknown_name
-from .vlmevalkit_names import hash_scores, is_ours, parse_name
+from .vlmevalkit_names import BASES, hash_scores, is_ours, parse_name
 
 INSTALL = (
     "VLMEvalKit is not installed here; in an environment of its own (its requirements clash with lmms-eval's) run "
@@ -119,10 +119,15 @@ def add_models(names: list[str], config: Path | None, score_files: Mapping[str, 
     from .vlmevalkit import register
 
     names = names + (check_config(config) if config else [])
-    added = register([name for name in names if is_ours(name) and name not in supported_VLM], score_files)
+    register([name for name in names if is_ours(name) and name not in supported_VLM], score_files)
     for name in names:
         if name not in supported_VLM:
-            raise ValueError(unknown_name("model", name, sorted(added)))
+            nearest = difflib.get_close_matches(name, supported_VLM, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(
+                f"Model {name!r} is neither one of this VLMEvalKit nor CHECKPOINT_METHOD_bBUDGET with a checkpoint of "
+                f"ours: {', '.join(BASES)}.{hint}"
+            )
 
 
 def check_config(path: Path) -> list[str]:
