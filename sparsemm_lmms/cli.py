@@ -24,6 +24,7 @@ ELSEWHERE = {
     "show": "scoring.commands",
     "eval": "model_wrappers.commands",
     "rerun": "model_wrappers.commands",
+    "card": "model_wrappers.sweeps.card",
     "demo": "model_wrappers.sweeps.commands",
     "sweep": "model_wrappers.sweeps.commands",
     "vlmeval": "model_wrappers.vlmevalkit_run",

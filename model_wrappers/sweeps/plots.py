@@ -34,9 +34,11 @@ LOOKS = {  # colours of Okabe and Ito, told apart by colour-blind readers; marks
     "mask": ("#0072B2", "o"),
     "mask_random": ("#7f7f7f", "x"),
 }
-NAMES = {"mask": "visual heads silenced", "mask_random": "as many other heads silenced"}
+NAMES = {"mask": "visual heads silenced", "mask_random": "as many others silenced at random"}
 ONLY_IN_SCORES = ("permuted", "layer_mean", "uniform")  # controls that have a figure of their own
 PARTS = {"local_window": "local window", "snapkv": "+ uniform (snapkv)", "sparsemm": "+ by head scores (sparsemm)"}
+INTERVALS = "bars: 95 % bootstrap interval over documents"
+DRAWS = f"{INTERVALS}; dots: single draws"
 WIDTH, HEIGHT = 5.6, 4.0  # inches, of a panel
 Panel = tuple["Axes", Block]
 
@@ -68,8 +70,7 @@ def accuracy(blocks: Sequence[Block]) -> Figure:
     for axis, block in panels:
         rows = _methods(block)
         methods = list(dict.fromkeys(row.method for row in rows))
-        for number, method in enumerate(methods):
-            shift = 1.012 ** (number - (len(methods) - 1) / 2)  # beside each other, or bars would hide each other
+        for method, shift in zip(methods, _shifts(len(methods)), strict=True):
             _line(axis, block, [row for row in rows if row.method == method], lambda row: row.budget, shift)
         _published(axis, block)
         _fullkv(axis, block)
@@ -96,7 +97,7 @@ def pareto(blocks: Sequence[Block]) -> Figure:
             if name.startswith("KV"):
                 _plain_log_ticks(axis)
             panels.append((axis, block))
-    return _with_legend(figure, panels)
+    return _with_legend(figure, panels, "one mark a budget")
 
 
 def ratio(blocks: Sequence[Block]) -> Figure:
@@ -112,7 +113,8 @@ def ratio(blocks: Sequence[Block]) -> Figure:
             colour = colormaps["viridis"](0.85 * number / max(1, len(columns) - 1))
             line = [row for row in rows if row.budget == budget]
             look = {"color": colour, "marker": "osv^D*Px"[number % 8], "label": f"{budget} tokens"}
-            _line(axis, block, line, lambda row: row.variant["ratio"], look=look)
+            beside = 0.008 * (number - (len(columns) - 1) / 2)
+            _line(axis, block, line, lambda row, beside=beside: row.variant["ratio"] + beside, look=look)
             told = [(n.ratio, block.scale * n.value) for n in theirs if n.budget == budget]
             if told:
                 _hollow(axis, told, {"color": colour, "marker": "o", "label": f"{budget} tokens (paper)"})
@@ -145,7 +147,7 @@ def heads(blocks: Sequence[Block]) -> Figure:
             _draws(axis, block, line, lambda row: 100 * row.variant["mask_ratio"])
         _fullkv(axis, block, "no head silenced")
         axis.set_xlabel("heads silenced, % of all")
-    return _with_legend(figure, panels)
+    return _with_legend(figure, panels, DRAWS)
 
 
 def scores(blocks: Sequence[Block]) -> Figure:
@@ -153,13 +155,19 @@ def scores(blocks: Sequence[Block]) -> Figure:
     figure, panels = _panels(blocks)
     for axis, block in panels:
         rows = [row for row in block.compared() if row.method in ("sparsemm", *CONTROLS)]
-        for method in dict.fromkeys(row.method for row in rows):
+        methods = list(dict.fromkeys(row.method for row in rows))
+        for method, shift in zip(methods, _shifts(len(methods)), strict=True):
             line = [row for row in rows if row.method == method]
-            _line(axis, block, line, lambda row: row.budget)
-            _draws(axis, block, line, lambda row: row.budget)
+            _line(axis, block, line, lambda row: row.budget, shift)
+            _draws(axis, block, line, lambda row: row.budget, 1.008 * shift)
         _fullkv(axis, block)
         _budget_axis(axis, budgets(rows))
-    return _with_legend(figure, panels)
+    return _with_legend(figure, panels, DRAWS)
+
+
+def _shifts(count: int) -> list[float]:
+    """Factors that set lines beside each other on a logarithmic axis, or their bars would hide each other."""
+    return [1.012 ** (number - (count - 1) / 2) for number in range(count)]
 
 
 def _methods(block: Block) -> list[Row]:
@@ -198,7 +206,7 @@ def _line(
     if not rows:
         return
     look = look or _look(rows[0].method, len(rows[0].draws))
-    main = rows[0].method in ("sparsemm", "mask")
+    main = rows[0].method in ("sparsemm", "mask") and "ratio" not in rows[0].variant
     width = 2.4 if main and bars else 1.2 if bars else 0.6  # costs are no axis along which values can be read off
     style = "--" if rows[0].method in CONTROLS else "-"
     places, values = [x(row) * shift for row in rows], [block.scale * row.value for row in rows]
@@ -212,12 +220,12 @@ def _line(
             axis.fill_between(at, *zip(*ends, strict=True), color=look["color"], alpha=0.12, linewidth=0)
 
 
-def _draws(axis: Axes, block: Block, rows: Sequence[Row], x: Callable[[Row], Any]) -> None:
+def _draws(axis: Axes, block: Block, rows: Sequence[Row], x: Callable[[Row], Any], shift: float = 1.0) -> None:
     for row in rows:
         if len(row.draws) > 1:
             colour = LOOKS[row.method][0]
             values = [block.scale * draw for draw in row.draws]
-            axis.plot([x(row)] * len(values), values, ".", color=colour, markersize=4, alpha=0.5)
+            axis.plot([x(row) * shift] * len(values), values, ".", color=colour, markersize=4, alpha=0.5)
 
 
 def _published(axis: Axes, block: Block, names: dict[str, str] | None = None) -> None:
@@ -301,15 +309,22 @@ def _plain_log_ticks(axis: Axes) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _with_legend(figure: Figure, panels: Sequence[Panel]) -> Figure:
-    """One legend for all panels, outside them."""
+def _with_legend(figure: Figure, panels: Sequence[Panel], note: str = INTERVALS) -> Figure:
+    """One legend for all panels, outside them; `note` says what bars and dots are."""
     known: dict[str, Any] = {}
     for axis, _ in panels:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             known.setdefault(name, handle)
     columns = min(len(known), max(3, int(figure.get_figwidth() / 1.9)))
     figure.legend(
-        list(known.values()), list(known), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+        list(known.values()),
+        list(known),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
+        title=note,
+        title_fontsize=9,
     )
     return figure
 

@@ -46,10 +46,11 @@ class Grid:
         return out.getvalue()
 
     def rich(self) -> RichTable:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self.title, style="bold"), title_justify="left")
+        table = Table(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left", no_wrap=not number)
         for row in self.rows:

@@ -1,0 +1,134 @@
+"""A card of finished runs, and submission files that the host's own code wrote, under names that tell them apart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsemm_lmms.cli import main
+from sparsemm_lmms.model_wrappers.sweeps.card import read_runs, write_card
+from sparsemm_lmms.model_wrappers.sweeps.store import write_cell
+
+from .records import cell, write_sweep
+
+
+def results(folder: Path, method: str, budget: int, tasks: dict[str, int]) -> Path:
+    """A results file as lmms-eval writes it, with this package's record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model": f"llava_next_{method}", "pretrained": "llava-hf/llava-v1.6-vicuna-7b-hf", "budget": budget}
+    environment = {"gpu": "NVIDIA H100", "num_processes": 1, "versions": {"torch": "2.14.1"}, "git_commit": "abc"}
+    data = {
+        "results": {task: {"alias": task, "anls,none": 0.5, "anls_stderr,none": 0.1} for task in tasks},
+        "n-samples": {task: {"original": count, "effective": count} for task, count in tasks.items()},
+        "sparsemm_lmms": {
+            "settings": {**settings, "window_size": 32},
+            "environment": environment,
+            "measured": {"kept_tokens": 60.5, "kv_bytes_used": 2**20, "tpot_ms_median": 3.0},
+        },
+    }
+    path = folder / "20260101_000000_results.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture
+def submit() -> Callable[..., None]:
+    """Makes the host write the submission file of a task: `submit(folder, "docvqa", ["answer", ...])`."""
+    from lmms_eval.tasks.docvqa.utils import docvqa_test_aggregate_results
+    from lmms_eval.tasks.textvqa.utils import textvqa_aggregate_submissions
+
+    def write(folder: Path, task: str, answers: list[str]) -> None:
+        kinds: dict[str, Any] = {"docvqa": docvqa_test_aggregate_results, "textvqa": textvqa_aggregate_submissions}
+        answered = [{"questionId": i, "answer": answer} for i, answer in enumerate(answers)]
+        kinds[task](answered, argparse.Namespace(output_path=str(folder)))
+
+    return write
+
+
+def test_submission_files_state_method_and_budget(
+    tmp_path: Path, submit: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method in ("sparsemm", "snapkv"):
+        results(tmp_path / method, method, 64, {"docvqa_test": 2, "textvqa_test": 3})
+        submit(tmp_path / method, "docvqa", [f"read by {method}", "x"])
+    output = tmp_path / "out" / "card.md"
+    line = ["sparsemm-lmms", "card", str(tmp_path / "sparsemm"), str(tmp_path / "snapkv"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    names = [f"docvqa_test__llava-v1.6-vicuna-7b-hf__{method}__budget64.json" for method in ("snapkv", "sparsemm")]
+    assert sorted(path.name for path in (output.parent / "submissions").iterdir()) == names
+    assert json.loads((output.parent / "submissions" / names[0]).read_text())[0]["answer"] == "read by snapkv"
+    printed = capsys.readouterr().out
+    assert "2 runs, 2 submission files" in printed and printed.count("missing: TextVQA test") == 2
+    text = output.read_text()
+    for said in (
+        "| llava-v1.6-vicuna-7b-hf | sparsemm | 64 | 0.5 |",
+        "docvqa_test anls (2 documents)",
+        "hardware: NVIDIA H100",
+        "torch 2.14.1",
+        "* window_size: 32",
+        "missing: TextVQA test of llava-v1.6-vicuna-7b-hf__snapkv__budget64: textvqa_test was run, but",
+        "MMBench test: not run (`--tasks mmbench_en_test`)",
+        "2506.05344",
+        "2404.14469",
+        f"`submissions/{names[1]}`",
+    ):
+        assert said in text
+
+
+def test_nothing_is_overwritten(tmp_path: Path, submit: Callable[..., None]) -> None:
+    file = results(tmp_path / "run", "sparsemm", 64, {"docvqa_test": 1})
+    submit(tmp_path / "run", "docvqa", ["first"])
+    output = tmp_path / "card.md"
+    for _ in range(2):  # the same again changes nothing
+        [(_, _, first)] = write_card(read_runs(file), output).copied
+    submit(tmp_path / "run", "docvqa", ["second"])
+    with pytest.raises(ValueError, match="exists with other content"):
+        write_card(read_runs(file), output)
+    [(_, _, second)] = write_card(read_runs(file), tmp_path / "card2.md").copied
+    assert second.name == f"{first.stem}__2.json" and "first" in first.read_text() and "second" in second.read_text()
+
+
+def test_files_that_two_tasks_name_alike(tmp_path: Path, submit: Callable[..., None]) -> None:
+    """TextVQA's validation and test write the same name; the number of answers tells them apart."""
+    file = results(tmp_path / "run", "adakv", 128, {"textvqa_test": 3, "textvqa_val": 2})
+    submit(tmp_path / "run", "textvqa", ["a", "b"])
+    collected = write_card(read_runs(file), tmp_path / "card.md")
+    assert not collected.copied and "TextVQA test" in collected.missing[0]
+    [written] = (tmp_path / "run" / "submissions").iterdir()
+    written.rename(written.with_name("textvqa_submission_earlier.json"))
+    submit(tmp_path / "run", "textvqa", ["a", "b", "c"])
+    [(_, _, path)] = write_card(read_runs(file), tmp_path / "card2.md").copied
+    assert len(json.loads(path.read_text())) == 3
+
+
+def test_a_card_of_a_sweep(tmp_path: Path, submit: Callable[..., None]) -> None:
+    sweep = write_sweep(tmp_path / "sweep")
+    record = cell("snapkv", 64, {"docvqa_test": {"anls": [0.0, 0.0]}})
+    write_cell(sweep, record)
+    submit(sweep / "cells" / record.name / "some_run", "docvqa", ["a", "b"])
+    runs = read_runs(sweep)
+    shown = {"fullkv", "sparsemm", "snapkv", "local_window", "layer_mean", "uniform"}
+    assert {run.method for run in runs} == shown  # ablations and single draws belong into the report
+    [(_, _, path)] = write_card(runs, tmp_path / "card.md").copied
+    assert path.name == "docvqa_test__llava_next_demo__snapkv__budget64.json"
+    text = (tmp_path / "card.md").read_text()
+    assert "| llava_next demo | sparsemm | 96 |" in text and "hardware: CPU" in text
+
+
+def test_mistakes_get_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is nothing at"):
+        read_runs(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="neither a sweep with results nor"):
+        read_runs(tmp_path)
+    (tmp_path / "x_results.json").write_text("{}")
+    with pytest.raises(ValueError, match="no record under"):
+        read_runs(tmp_path)

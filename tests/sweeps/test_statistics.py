@@ -1,0 +1,132 @@
+"""Paired statistics against values worked out by hand, and laws that any bootstrap obeys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsemm_lmms.model_wrappers.sweeps import statistics, tables
+from sparsemm_lmms.model_wrappers.sweeps.statistics import Block, Row, blocks
+
+from .records import cell
+
+FULL = [1.0, 1.0, 1.0, 1.0, 0.0]
+scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30)
+
+
+def one(*cells: object) -> Block:
+    [block] = blocks(cells)  # type: ignore[arg-type]
+    return block
+
+
+def row(block: Block, method: str) -> Row:
+    return next(row for row in block.rows if row.method == method)
+
+
+def test_flips_and_differences_by_hand() -> None:
+    block = one(
+        cell("sparsemm", 48, {"vqa": {"exact_match": [1.0, 0.0, 0.0, 1.0, 1.0]}}),
+        cell("fullkv", None, {"vqa": {"exact_match": FULL}}),
+    )
+    assert [r.method for r in block.rows] == ["fullkv", "sparsemm"] and block.documents == 5 and block.unit == "%"
+    found = row(block, "sparsemm")
+    assert (found.lost, found.gained) == (2, 1)
+    assert found.mean is not None and found.mean.value == pytest.approx(0.6)
+    assert found.difference is not None and found.difference.value == pytest.approx(-0.2)
+    assert found.difference.low == pytest.approx(-0.8) and found.difference.high == pytest.approx(0.4)
+    assert found.kept_fraction == pytest.approx(0.9) and found.kept_tokens == pytest.approx(0.9 * 48)
+    full = row(block, "fullkv")
+    assert full.difference is None and full.lost is None
+
+
+def test_pairing_narrows_the_interval() -> None:
+    """The same document is harder for both: the difference is certain although both means are not."""
+    hard = np.linspace(0, 0.9, 20)
+    block = one(
+        cell("fullkv", None, {"t": {"anls": list(hard + 0.1)}}), cell("snapkv", 64, {"t": {"anls": list(hard)}})
+    )
+    found = row(block, "snapkv")
+    assert found.mean is not None and found.mean.high - found.mean.low > 0.2
+    assert found.difference is not None and found.difference.low == pytest.approx(-0.1)
+    assert found.difference.high == pytest.approx(-0.1) and found.lost is None
+
+
+def test_draws_are_one_row() -> None:
+    draws = [cell(f"random#{i}", 48, {"t": {"m": values}}) for i, values in enumerate(([1.0, 0.0], [0.0, 0.0]))]
+    again = replace(cell("random", 48, {"t": {"m": [1.0, 0.0]}}), settings=draws[0].settings)
+    block = one(cell("fullkv", None, {"t": {"m": [1.0, 1.0]}}), again, *draws)
+    found = row(block, "random")
+    assert found.draws == (0.5, 0.0) and found.value == 0.25  # `random` is the draw `random#0`, counted once
+    assert found.lost == 1.5 and found.scores is not None and found.scores.tolist() == [0.5, 0.0]
+    grid = tables.spread(block)
+    assert grid is not None and grid.rows[0][1] == "25.0 (0.0 to 50.0)"
+
+
+def test_what_only_the_host_scores_has_no_interval() -> None:
+    made = cell("fullkv", None, {"caps": {"CIDEr": [0.0, 0.0]}})
+    samples = tuple(replace(sample, scores={}) for sample in made.samples)
+    full = replace(made, metrics={"caps": {"CIDEr": 1.2}}, samples=samples)
+    other = replace(full, name="b", method="sparsemm", budget=48, metrics={"caps": {"CIDEr": 0.9}})
+    block = one(full, other)
+    assert [(r.value, r.mean, r.difference) for r in block.rows] == [(1.2, None, None), (0.9, None, None)]
+    assert not block.difference(*block.rows).excludes_zero and block.scale == 1
+    assert tables.accuracy(block).rows[1][1] == "**0.9**"
+
+
+def test_documents_that_all_cells_share() -> None:
+    block = one(cell("fullkv", None, {"t": {"m": FULL}}), cell("snapkv", 48, {"t": {"m": [1.0, 0.0]}}))
+    assert block.documents == 2 and row(block, "fullkv").value == 1
+
+
+def test_failed_cells_are_left_out() -> None:
+    good = cell("fullkv", None, {"t": {"m": FULL}})
+    assert one(good, replace(good, name="bad", method="adakv", metrics={}, error="out of memory")).rows[0].value == 0.8
+
+
+def test_sentences_name_where_sparsemm_is_not_best() -> None:
+    dice = np.random.default_rng(1)
+    base = dice.random(40) * 0.2
+    cells = [cell("fullkv", None, {"t": {"m": list(base + 0.8)}})]
+    for budget, gap in ((48, 0.3), (96, -0.3), (160, 0.0), (256, 0.001)):
+        noise = dice.normal(0, 0.1, 40) if budget == 256 else 0
+        cells.append(cell("snapkv", budget, {"t": {"m": list(np.clip(base + 0.4 + noise, 0, 1))}}))
+        cells.append(cell("sparsemm", budget, {"t": {"m": list(base + 0.4 + gap)}}))
+    block = one(*cells)
+    told = tables.sentences(block)
+    assert "sparsemm is best and beyond the interval at 48 (+30.0)" in told
+    assert "**worse than the best** at 96 (snapkv, -30.0)" in told
+    assert "all rows answer alike at 160" in told
+    assert any("not distinguishable" in line and "256" in line for line in told)
+    line = next(line for line in tables.accuracy(block).rows if line[0] == "sparsemm")
+    assert line[1].startswith("**") and line[2].endswith("▼") and line[3].endswith("**") and line[4].endswith("≈")
+
+
+@settings(max_examples=25, deadline=None)
+@given(scores)
+def test_an_interval_contains_its_mean(values: list[float]) -> None:
+    found = row(one(cell("fullkv", None, {"t": {"m": values}})), "fullkv").mean
+    assert found is not None and found.low <= found.value + 1e-9 and found.value <= found.high + 1e-9
+    assert min(values) - 1e-9 <= found.low and found.high <= max(values) + 1e-9
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_records_and_documents_does_not_matter(dice: object) -> None:
+    cells = [cell("fullkv", None, {"t": {"m": FULL}}), cell("snapkv", 48, {"t": {"m": FULL[::-1]}})]
+    shuffled = [replace(c, samples=tuple(dice.sample(c.samples, len(c.samples)))) for c in cells]  # type: ignore
+    dice.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert [r.facts() for r in one(*cells).rows] == [r.facts() for r in one(*shuffled).rows]
+
+
+def test_the_bootstrap_is_seeded_and_right() -> None:
+    column = np.random.default_rng(3).normal(size=(400, 1))
+    means = statistics.bootstrap_means(column)
+    assert (means == statistics.bootstrap_means(column)).all() and (
+        means != statistics.bootstrap_means(column, 1)
+    ).any()
+    assert means.shape == (statistics.RESAMPLES, 1)
+    assert means.std() == pytest.approx(column.std() / 20, rel=0.03)  # standard error of a mean of 400
