@@ -107,18 +107,25 @@ def run_plan(plan: Plan, output: Path) -> None:
 
     Raises:
         SystemExit: when cells failed.
+        OSError: when the disk is full.
     """
     from .plan import open_sweep
     from .progress import Display, quiet_host
-    from .runner import run, stored
+    from .runner import DISK_FULL, run, stored
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sweep is no job for `accelerate launch`: start the same command once for each GPU instead.")
     open_sweep(output, plan)
     done = [record for cell in plan.cells if (record := stored(output, cell)) and not record.error]
     display = Display(Console(), plan.cells, done)
-    with display.progress, quiet_host(output / "log.txt"):
-        run(plan, output, display)
+    try:
+        with display.progress, quiet_host(output / "log.txt"):
+            run(plan, output, display)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        advice = "complete cells are kept, so free some space and run the same command again"
+        raise OSError(error.errno, f"{error.strerror}; {advice}", str(error.filename or output)) from error
     if len(display.failed) < len(plan.cells):
         report(output)
     if display.failed:

@@ -69,7 +69,7 @@ def run(plan: Plan, sweep: Path, watcher: Watcher) -> None:
     """Run all cells that are not complete. A cell that fails is recorded with its error, and the next one runs.
 
     Raises:
-        OSError: when the disk is full; what is complete stays.
+        OSError: when a record cannot be written, or the disk is full; what is complete stays.
     """
     for model in plan.models:
         left = [cell for cell in plan.cells if cell.model == model and not is_complete(sweep, cell)]
@@ -118,11 +118,7 @@ def _attempt(loaded: LoadedModel, cell: Cell, folder: Path) -> CellRecord:
 
 
 def _keep(sweep: Path, record: CellRecord, watcher: Watcher) -> None:
-    try:
-        write_cell(sweep, record)
-    except OSError as error:
-        _raise_disk_full(error)
-        raise
+    write_cell(sweep, record)
     watcher.finished(record)
 
 
@@ -133,11 +129,11 @@ def failed(cell: Cell, error: Exception, seconds: float = 0.0) -> CellRecord:
 
 
 def _raise_disk_full(error: BaseException) -> None:
+    """Stop the sweep where an error comes from a full disk: the next cells would fail alike."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError) and link.errno in DISK_FULL:
-            advice = "complete cells are kept, so free some space and run the same command again"
-            raise OSError(link.errno, f"{link.strerror} ({advice})", link.filename) from error
+            raise link
         link = link.__cause__ or link.__context__
 
 

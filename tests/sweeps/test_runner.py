@@ -158,8 +158,10 @@ def test_a_full_disk_ends_the_sweep_and_leaves_nothing_half_written(
         free(handle)
 
     monkeypatch.setattr(head_scores.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device .complete cells are kept.*sparsemm__b64"):
-        do(tmp_path / "run", limit=1, methods="sparsemm")
+    arguments = ["--model_args", ARGUMENTS["model_args"], "--methods", "sparsemm", "--budgets", "64", "--limit", "1"]
+    result = CliRunner().invoke(app, ["sweep", *arguments, "--batch_size", "2", "--output", str(tmp_path / "run")])
+    assert "No space left on device; complete cells are kept" in str(result.exception)
+    assert "sparsemm__b64" in str(result.exception) and isinstance(result.exception, OSError)  # a sentence in `main`
     assert [*(tmp_path / "run" / "cells" / f"{LABEL}__sparsemm__b64").iterdir()] == []
     monkeypatch.undo()
     assert do(tmp_path / "run", limit=1, methods="sparsemm") == ["sparsemm__b64"]
