@@ -94,8 +94,7 @@ def pareto(blocks: Sequence[Block]) -> Figure:
             _front(axis, [(cost(row), block.scale * row.value) for row in rows])
             _titled(axis, block)
             axis.set_xlabel(name)
-            if name.startswith("KV"):
-                _plain_log_ticks(axis)
+            _plain_log_ticks(axis)
             panels.append((axis, block))
     return _with_legend(figure, panels, "one mark a budget")
 
@@ -304,7 +303,7 @@ def _plain_log_ticks(axis: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
 

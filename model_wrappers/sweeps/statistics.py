@@ -187,6 +187,10 @@ def _task_blocks(task: str, records: Sequence[CellRecord], seed: int) -> Iterato
     for metric in metrics:
         rows = []
         index = scored.index(metric) if metric in scored else None
+        of_cell = (
+            {} if index is None else {r.name: np.array([by_cell[r.name][d][metric] for d in shared]) for r in records}
+        )
+        binary = all(np.isin(scores, (0, 1)).all() for scores in of_cell.values())
         for column, group in enumerate(groups):
             hosts = [r.metrics[task][metric] for r in group if metric in r.metrics[task]]
             values: dict[str, Any] = {"host": fmean(hosts) if hosts else None}
@@ -196,14 +200,14 @@ def _task_blocks(task: str, records: Sequence[CellRecord], seed: int) -> Iterato
                 values["draws"] = tuple(hosts)
             else:
                 scores, means = table[:, index, column], resampled[:, index, :]
-                each = [np.array([by_cell[r.name][d][metric] for d in shared]) for r in group]
+                each = [of_cell[r.name] for r in group]
                 values |= {"scores": scores, "draws": tuple(float(s.mean()) for s in each)}
                 values["mean"] = _interval(scores.mean(), means[:, column])
                 if full is not None and full != column:
                     base = table[:, index, full]
                     change = means[:, column] - means[:, full]
                     values["difference"] = _interval(scores.mean() - base.mean(), change)
-                    values |= _flips(base, each)
+                    values |= _flips(base, each) if binary else {}
             first = group[0]
             rows.append(Row(base_method(first.method), first.budget, first.variant, **values, **_cost(task, group)))
         means = resampled[:, index, :] if index is not None else np.full((1, len(rows)), np.nan)
@@ -233,8 +237,6 @@ def _grouped(records: Sequence[CellRecord]) -> list[list[CellRecord]]:
 
 
 def _flips(base: np.ndarray, each: Sequence[np.ndarray]) -> dict[str, float]:
-    if not all(np.isin(scores, (0, 1)).all() for scores in (base, *each)):
-        return {}
     return {
         "lost": fmean(float(((base == 1) & (scores == 0)).sum()) for scores in each),
         "gained": fmean(float(((base == 0) & (scores == 1)).sum()) for scores in each),

@@ -43,6 +43,13 @@ def test_flips_and_differences_by_hand() -> None:
     assert full.difference is None and full.lost is None
 
 
+def test_flips_are_of_metrics_that_are_right_or_wrong() -> None:
+    """A column of ones does not make character accuracy such a metric."""
+    texts = [("fullkv", None, [1.0, 1.0]), ("sparsemm", 768, [1.0, 1.0]), ("snapkv", 48, [1.0, 0.4])]
+    block = one(*(cell(method, budget, {"t": {"m": values}}) for method, budget, values in texts))
+    assert all(row.lost is None for row in block.rows)
+
+
 def test_pairing_narrows_the_interval() -> None:
     """The same document is harder for both: the difference is certain although both means are not."""
     hard = np.linspace(0, 0.9, 20)
