@@ -11,6 +11,7 @@ from sparsemm_lmms import CompressionConfig, HeadScores, compress
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.engine import Engine
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
+from sparsemm_lmms.model_wrappers.prefill import question_starts
 
 from .conftest import conversation
 
@@ -46,6 +47,32 @@ def test_fullkv_is_stock_transformers(engine: Engine) -> None:
     assert answers(engine, MIXED, 1, method="fullkv") == wanted
     assert answers(engine, MIXED, 4, method="fullkv") == wanted
     assert [stock(engine, messages) for messages in MIXED] == wanted  # and the model is stock again
+
+
+def test_the_question_unseen(engine: Engine) -> None:
+    """What ends with the last image is compressed on its own, and the question stays whole; stock with all kept."""
+    told = Engine.__new__(Engine)
+    told.__dict__ |= {**vars(engine), "compress_before_question": True}
+    beams = GenerationSettings(max_new_tokens=10, num_beams=2)
+    with compress(engine.model, CompressionConfig(method="fullkv")) as session:
+        wanted = [answer.text for answer in told.generate(session, MIXED, SETTINGS).answers]
+        searched = [answer.text for answer in told.generate(session, MIXED, beams).answers]
+    assert wanted == [stock(engine, messages) for messages in MIXED]
+    for method in ("snapkv", "sparsemm", "pyramidkv", "adakv", "random", "local_window"):
+        assert answers(told, MIXED, 4, method=method, budget=4096, window_size=8) == wanted
+    with compress(engine.model, CompressionConfig(method="snapkv", budget=4096)) as session:
+        assert [answer.text for answer in told.generate(session, MIXED, beams).answers] == searched
+    with compress(engine.model, CompressionConfig(method="snapkv", budget=24, window_size=8)) as session:
+        small = told.generate(session, MIXED, SETTINGS)
+        first = MIXED[2]
+        ids = engine.batch_inputs([engine.prompt(first)])["input_ids"]
+        begin = int(question_starts(engine.model, ids))
+        told.generate(session, [first], SETTINGS)
+        kept = session.cache.kept_positions(0)[0][0]
+    assert begin == ids.shape[1] - len("Which of these?assistant: ")
+    assert len(kept) == 24 and kept[-8:].tolist() == list(range(begin - 8, begin))
+    assert small.answers[2].kept_tokens == 24 + ids.shape[1] - begin
+    assert small.answers[3].kept_tokens == 24 + 1  # without an image: all but the last token
 
 
 def test_statistics_of_a_batch(engine: Engine) -> None:

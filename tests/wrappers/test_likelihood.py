@@ -200,10 +200,12 @@ def choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run(name: str, model_args: str, folder: Path, batch_size: int = 2) -> tuple[list[list[Any]], dict[str, Any]]:
+def run(
+    name: str, model_args: str, folder: Path, batch_size: int = 2, **more: Any
+) -> tuple[list[list[Any]], dict[str, Any]]:
     manager = TaskManager(include_path=str(folder), include_defaults=False, model_name=name)
     results = simple_evaluate(
-        name, model_args, tasks=["tiny_choices"], task_manager=manager, bootstrap_iters=0, batch_size=batch_size
+        name, model_args, tasks=["tiny_choices"], task_manager=manager, bootstrap_iters=0, batch_size=batch_size, **more
     )
     return [sample["filtered_resps"] for sample in results["samples"]["tiny_choices"]], results
 
@@ -222,6 +224,17 @@ def test_a_multiple_choice_task_of_the_host(family: str, arguments: Callable[...
     right = sum(a == b for a, b in zip(best, gold, strict=True)) / 3
     assert record["results"]["tiny_choices"]["acc,none"] == pytest.approx(right)
     assert small_record["throughput"]["avg_kept_tokens"] < record["throughput"]["avg_kept_tokens"]
+
+
+def test_the_response_cache_gives_likelihoods_back(
+    arguments: Callable[..., str], choices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = "llava_next_snapkv", arguments("llava_next_snapkv"), choices
+    first, record = run(*given, use_cache=str(tmp_path / "cache"))
+    monkeypatch.setattr("sparsemm_lmms.model_wrappers.base.score", None)  # the second run must not score
+    second, again = run(*given, use_cache=str(tmp_path / "cache"))
+    assert [[tuple(pair) for pair in row] for row in second] == [[tuple(pair) for pair in row] for row in first]
+    assert again["results"] == record["results"]
 
 
 def test_likelihood_requests_come_back_in_their_order(arguments: Callable[..., str]) -> None:
