@@ -12,7 +12,8 @@ from typing import Any
 import pandas
 import pytest
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
+from lmms_eval.evaluator_utils import get_task_list
+from lmms_eval.tasks import TaskManager, get_task_dict
 
 from . import documents
 
@@ -30,7 +31,7 @@ METRICS = {
 
 
 def run(
-    manager: TaskManager, tasks: list[str], out: Path, name: str, budget: int, predict_only: bool = False
+    manager: TaskManager, tasks: list[Any], out: Path, name: str, budget: int, predict_only: bool = False
 ) -> dict[str, Any]:
     manager.model_name = name
     return simple_evaluate(
@@ -109,6 +110,16 @@ def test_captions_from_document_to_score(
     assert found["textcaps_CIDEr,none"] > 1 and found["textcaps_METEOR,none"] > 0.9, found
     captions = json.loads(files(enough, tmp_path)["submissions/textcaps_captions_val2014_alg_results.json"].read_text())
     assert [entry["caption"] for entry in captions] == said["textcaps_val"]
+
+
+def test_ocrbench_twice_is_not_twice_the_score(
+    manager: TaskManager, hub: Path, enter: Callable[[Path], None], tmp_path: Path
+) -> None:
+    enter(hub)
+    manager.model_name = "llava_next_fullkv"
+    [task] = [output.task for output in get_task_list(get_task_dict(["ocrbench"], manager, "chat"))]
+    found = [run(manager, [task], tmp_path, "llava_next_fullkv", 64)["results"]["ocrbench"] for _ in range(2)]
+    assert found[0]["ocrbench_accuracy,none"] == found[1]["ocrbench_accuracy,none"] == 0.002
 
 
 def test_the_host_finds_the_groups(manager: TaskManager) -> None:
