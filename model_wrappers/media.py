@@ -69,7 +69,8 @@ def read_video(
             raise ValueError(f"The video {source} does not tell its number of frames; convert it to MP4.")
         return sampling.indices(metadata.total_num_frames, metadata.fps, start, end)
 
-    if "://" not in str(source) and not Path(str(source)).is_file():
+    file: Any = str(source)  # a path or an address, for which the signature has names of its own
+    if "://" not in file and not Path(file).is_file():
         raise FileNotFoundError(f"There is no video {source}.")
-    frames, _ = load_video(str(source), backend="pyav", sample_indices_fn=choose)  # av comes with lmms-eval
+    frames, _ = load_video(file, backend="pyav", sample_indices_fn=choose)  # av comes with lmms-eval
     return np.asarray(frames)
