@@ -111,12 +111,12 @@ def run_plan(plan: Plan, output: Path) -> None:
     """
     from .plan import open_sweep
     from .progress import Display, quiet_host
-    from .runner import DISK_FULL, run, stored
+    from .runner import DISK_FULL, complete, run
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sweep is no job for `accelerate launch`: start the same command once for each GPU instead.")
     open_sweep(output, plan)
-    done = [record for cell in plan.cells if (record := stored(output, cell)) and not record.error]
+    done = [record for cell in plan.cells if (record := complete(output, cell)) is not None]
     display = Display(Console(), plan.cells, done)
     try:
         with display.progress, quiet_host(output / "log.txt"):

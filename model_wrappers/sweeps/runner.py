@@ -30,6 +30,7 @@ from loguru import logger
 
 from ...cli import tasks_folder
 from ..commands import metrics, replaced
+from ..names import stock_id
 from ..records import KEY
 from .cells import DEMO_TASKS, Cell, SweptModel
 from .plan import Plan
@@ -53,16 +54,11 @@ class Watcher(Protocol):
     def finished(self, record: CellRecord) -> None: ...
 
 
-def stored(sweep: Path, cell: Cell) -> CellRecord | None:
-    """The record of a cell that has run, whether well or not."""
+def complete(sweep: Path, cell: Cell) -> CellRecord | None:
+    """The record of a cell that need not run: a failed one runs again."""
     folder = sweep / "cells" / cell.name
-    return read_cell(folder) if (folder / "cell.json").exists() else None
-
-
-def is_complete(sweep: Path, cell: Cell) -> bool:
-    """Whether a cell need not run: a failed one runs again."""
-    record = stored(sweep, cell)
-    return record is not None and record.error is None
+    record = read_cell(folder) if (folder / "cell.json").exists() else None
+    return record if record is not None and record.error is None else None
 
 
 def run(plan: Plan, sweep: Path, watcher: Watcher) -> None:
@@ -72,7 +68,7 @@ def run(plan: Plan, sweep: Path, watcher: Watcher) -> None:
         OSError: when a record cannot be written, or the disk is full; what is complete stays.
     """
     for model in plan.models:
-        left = [cell for cell in plan.cells if cell.model == model and not is_complete(sweep, cell)]
+        left = [cell for cell in plan.cells if cell.model == model and not complete(sweep, cell)]
         if not left:
             continue
         watcher.loading(model)
@@ -98,7 +94,10 @@ def _run_unless_taken(loaded: LoadedModel, cell: Cell, sweep: Path, watcher: Wat
     locks.mkdir(exist_ok=True)
     try:
         with FileLock(locks / f"{cell.name}.lock", timeout=0):
-            if not is_complete(sweep, cell):
+            record = complete(sweep, cell)
+            if record is not None:  # another process was faster
+                watcher.finished(record)
+            else:
                 forget_cell(sweep, cell.name)
                 watcher.starting(cell)
                 _keep(sweep, _attempt(loaded, cell, sweep / "cells" / cell.name), watcher)
@@ -151,7 +150,10 @@ class LoadedModel:
         folders = [str(tasks_folder()), *([plan.include_path] if plan.include_path else [])]
         only_ours = set(plan.tasks) <= set(DEMO_TASKS)
         self.manager = TaskManager(
-            "ERROR", include_path=folders, include_defaults=not only_ours, model_name=f"{model.family}_fullkv"
+            "ERROR",
+            include_path=folders,
+            include_defaults=not only_ours,
+            model_name=stock_id(f"{model.family}_fullkv"),  # prompts of the stock model
         )
         self.tasks = load_tasks(plan.tasks, self.manager)
         self.checkpoint: Any = None
