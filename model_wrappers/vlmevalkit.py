@@ -33,7 +33,7 @@ from .vlmevalkit_names import BASES, listed_names, name_suffix, parse_name, tell
 GENERATIONS = ("greedy", "stock")
 TOLD = ("dtype", "attn_implementation", "compress_before_question", "system_prompt", "head_scores")
 """Options of a run that a name must tell."""
-NOT_TOLD = ("pretrained", "revision", "device", "device_map", "trust_remote_code")
+NOT_TOLD = ("pretrained", "revision", "device", "device_map", "trust_remote_code", "cuda_graph")
 """Those that it need not: the checkpoint is the name's first word, the others do not change answers. All further
 options of `RunOptions` mean nothing here: the host asks one question at a time and its datasets choose the frames."""
 
@@ -114,7 +114,8 @@ class CompressedVLM(CompressedModel):
         entered = ExitStack()
         self.session = entered.enter_context(compress(self.model, self.compression, self.head_scores))
         weakref.finalize(self, entered.close)  # model and session refer to each other: let go of the weights at once
-        logger.info(f"Settings: {self.settings()}")
+        self.told = self.settings()
+        logger.info(f"Settings: {self.told}")
 
     @classmethod
     def check(cls, method: str, given: dict[str, Any]) -> tuple[HostOptions, RunOptions, CompressionConfig]:
@@ -155,7 +156,7 @@ class CompressedVLM(CompressedModel):
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> Record:
         """One question, as the host's datasets or `build_prompt` made it."""
         batch = self._answer([{"role": "user", "content": message}], dataset)
-        return Record(prediction=batch.answers[0].text, extra_records=kv_record(batch, self.settings()))
+        return Record(prediction=batch.answers[0].text, extra_records=kv_record(batch, self.told))
 
     def chat_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
         """The next answer of a conversation, which is read and compressed anew."""
