@@ -80,6 +80,7 @@ def test_the_record_says_how_a_run_was_made(
         assert counts["kept_tokens"] <= 20.5 and counts["kv_bytes"] > 0 and counts["ttft_ms"] > 0
 
 
+@pytest.mark.slow
 def test_runs_that_differ_share_no_folder(
     evaluate: Callable[..., dict[str, Any]], scores: Path, tmp_path: Path
 ) -> None:
@@ -90,14 +91,12 @@ def test_runs_that_differ_share_no_folder(
         ({}, {}),
         ({"budget": 24}, {}),
         ({"pooling": "maxpool"}, {}),
-        ({"redistribute": True}, {}),
         ({"max_pixels": 19600}, {}),
         ({"dtype": "bfloat16"}, {}),
         ({"system_prompt": "Be brief."}, {}),
         ({"head_scores": other}, {}),
         ({"head_scores": replaced}, {}),
         ({}, {"limit": 1}),
-        ({}, {"offset": 1}),
         ({}, {"gen_kwargs": "max_new_tokens=3"}),
     ]
     names = [evaluate(given=given, **more)[KEY]["run"] for given, more in runs]
