@@ -102,6 +102,7 @@ def main() -> None:
     arguments = {
         "model_args": "pretrained=demo,device=cpu",
         "methods": "sparsemm,snapkv,adakv,random",
+        "budgets": "160,96,64",
         "limit": 2,
         "batch_size": 2,
     }
