@@ -31,6 +31,7 @@ STATIC_PROCESSORS = (  # functions of the scores alone, in device code alone: th
     processors.MinPLogitsWarper,
     processors.LogitNormalization,
 )
+KINDS = ("token_type_ids", "mm_token_type_ids")
 EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -153,11 +154,11 @@ class DecodeLoop:
         self,
         decoder: Decoder,
         model: Any,
-        outputs: ModelOutput,
+        outputs: Any,
         input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
+        logits_processor: Any,
         stopping_criteria: StoppingCriteriaList,
-        config: GenerationConfig,
+        config: Any,
     ) -> None:
         self.decoder, self.model, self.do_sample = decoder, model, config.do_sample
         self.cache: RaggedCache = outputs.past_key_values
@@ -170,7 +171,7 @@ class DecodeLoop:
         ends = [c.eos_token_id.to(device).view(-1) for c in stopping_criteria if type(c) is EosTokenCriteria]
         self.eos = torch.cat(ends) if ends else None
         pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        self.pad = config._pad_token_tensor.to(device) if pads else None  # type: ignore[attr-defined]
+        self.pad = config._pad_token_tensor.to(device) if pads else None
         self.ids = input_ids.new_zeros(self.batch, max(self.max_length, self.columns + 1))
         self.ids[:, : self.columns] = input_ids
         self.cursor = torch.tensor([self.columns], device=device)
@@ -205,7 +206,7 @@ class DecodeLoop:
         later = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
         position, next_position = inputs.get("position_ids"), later.get("position_ids")
         moved = [key for key in inputs.keys() | later.keys() if not _same(inputs.get(key), later.get(key))]
-        unknown = set(moved) - {"input_ids", "attention_mask", "position_ids"}
+        unknown = set(moved) - {"input_ids", "attention_mask", "position_ids", *KINDS}
         if position is None or unknown or not torch.equal(position + 1, next_position):
             raise NotImplementedError(
                 f"{type(model).__name__} changes {', '.join(sorted(unknown)) or 'position_ids'} from step to step in a "
@@ -213,6 +214,8 @@ class DecodeLoop:
             )
         self.position = position.clone() - 1  # choosing the first token moves it
         # A segment holds exactly what may be attended to, so a decode step needs no mask.
+        # Every new token is of the kind of the last; some versions of transformers hand on the kinds of all tokens.
+        inputs |= {key: inputs[key][..., -1:] for key in KINDS if inputs.get(key) is not None}
         return {**inputs, "input_ids": self.token, "position_ids": self.position, "attention_mask": None}
 
     def run(self, logits: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -225,13 +225,13 @@ def ragged_decode_torch(
             query.shape
         )
     flat_start, flat_length = start.flatten().long(), length.flatten().long()
-    limit = None  # all rows see all of their segment
+    limit: torch.Tensor | None = None  # all rows see all of their segment
     if tokens > 1 or new_count is not None or not even:
         limit = flat_length[:, None] - tokens + 1 + torch.arange(tokens, device=query.device)
-    if new_count is not None:
-        padding = torch.arange(tokens, device=query.device) < tokens - new_count[:, None]
-        limit = limit.masked_fill(padding.repeat_interleave(kv_heads, 0), 0)
-    if in_place:
+        if new_count is not None:
+            padding = torch.arange(tokens, device=query.device) < tokens - new_count[:, None]
+            limit = limit.masked_fill(padding.repeat_interleave(kv_heads, 0), 0)
+    if even and uniform_stride is not None:
         key, value = _in_place(keys, values, start, segments, longest, uniform_stride)
         out = _attend(rows, key, value, limit, scaling)
     elif even or query.is_cuda or few or segments * longest <= 2 * int(length.sum()):
@@ -244,7 +244,8 @@ def ragged_decode_torch(
             members = (group == number).nonzero().squeeze(1)
             lengths = flat_length[members]
             key, value = _gather(keys, values, flat_start[members], lengths, max(int(lengths.max()), 1))
-            out[members] = _attend(rows[members], key, value, limit[members], scaling)
+            seen = None if limit is None else limit[members]
+            out[members] = _attend(rows[members], key, value, seen, scaling)
     return out.view(query.shape)
 
 

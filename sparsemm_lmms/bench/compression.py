@@ -63,7 +63,9 @@ def research_layer(
     scores = weights[:, :, -window:, :-window].mean(dim=-2)
     scores = F.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
     order = scores.sort(dim=-1, descending=True).indices
-    keys, values, bounds = [], [], [0]
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    bounds = [0]
     for head in range(key.shape[1]):
         index = order[:, head : head + 1, : int(capacities[head])].unsqueeze(-1).expand(-1, -1, -1, head_dim)
         for full, kept in ((key, keys), (value, values)):

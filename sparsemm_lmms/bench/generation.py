@@ -127,7 +127,10 @@ def side_by_side(
                 runs[name].append(run)
     rows = []
     for variant in variants:
-        ours = {"method": variant.name, "budget": None if variant.method in (None, "fullkv") else budget}
+        ours: dict[str, Any] = {
+            "method": variant.name,
+            "budget": None if variant.method in (None, "fullkv") else budget,
+        }
         if variant.name in errors:
             rows.append(Row(**common, **ours, error=errors[variant.name]))
             continue

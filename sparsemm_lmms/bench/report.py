@@ -13,7 +13,17 @@ def print_table(rows: Sequence[Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{rows[0].preset}, {rows[0].dtype}, {rows[0].circumstances['device']}")
-    columns = ("context", "batch", "method", "ms/token (least-most)", "x stock", "tokens/s", "x limit", "prefill ms")
+    columns: tuple[str, ...]
+    columns = (
+        "context",
+        "batch",
+        "method",
+        "ms/token (least-most)",
+        "x stock",
+        "tokens/s",
+        "x limit",
+        "prefill ms",
+    )
     columns += ("of it compression", "KV MiB allocated", "used", "peak MiB")
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")

@@ -110,8 +110,8 @@ def generate(
         elif variant.name == "stock-static":
             given = {"cache_implementation": "static", "disable_compile": device.type != "cuda" and not compiled}
         common = dict(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
-        make = model.generate if session is None else decode.generate
-        more = {} if session is None else {"model": model, "cuda_graph": variant.graph}
+        make: Any = model.generate if session is None else decode.generate
+        more: dict[str, Any] = {} if session is None else {"model": model, "cuda_graph": variant.graph}
         clock = StepClock(device)
         out = make(**more, **inputs, **common, **given, stopping_criteria=StoppingCriteriaList([clock]))
         clock.stop()
@@ -152,7 +152,7 @@ def compression_seconds(model: Any, inputs: dict[str, Tensor], variant: Variant,
         clock.stop()
         spent.append(clock.elapsed)
 
-    RaggedLayer.fill = timed  # type: ignore[method-assign]
+    RaggedLayer.fill = timed  # type: ignore[method-assign,assignment]
     try:
         generate(model, inputs, variant, budget, 1)
     finally:
