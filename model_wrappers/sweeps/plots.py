@@ -113,7 +113,7 @@ def ratio(blocks: Sequence[Block]) -> Figure:
             line = [row for row in rows if row.budget == budget]
             look = {"color": colour, "marker": "osv^D*Px"[number % 8], "label": f"{budget} tokens"}
             beside = 0.008 * (number - (len(columns) - 1) / 2)
-            _line(axis, block, line, lambda row, beside=beside: row.variant["ratio"] + beside, look=look)
+            _line(axis, block, line, lambda row: row.variant["ratio"], offset=beside, look=look)
             told = [(n.ratio, block.scale * n.value) for n in theirs if n.budget == budget]
             if told:
                 _hollow(axis, told, {"color": colour, "marker": "o", "label": f"{budget} tokens (paper)"})
@@ -198,6 +198,7 @@ def _line(
     rows: Sequence[Row],
     x: Callable[[Row], Any],
     shift: float = 1.0,
+    offset: float = 0.0,
     bars: bool = True,
     look: dict[str, Any] | None = None,
 ) -> None:
@@ -208,15 +209,16 @@ def _line(
     main = rows[0].method in ("sparsemm", "mask") and "ratio" not in rows[0].variant
     width = 2.4 if main and bars else 1.2 if bars else 0.6  # costs are no axis along which values can be read off
     style = "--" if rows[0].method in CONTROLS else "-"
-    places, values = [x(row) * shift for row in rows], [block.scale * row.value for row in rows]
+    places, values = [x(row) * shift + offset for row in rows], [block.scale * row.value for row in rows]
     axis.plot(places, values, style, markersize=5, linewidth=width, **look)
     known = [(place, row) for place, row in zip(places, rows, strict=True) if row.mean is not None]
     if bars and known:
         at = [place for place, _ in known]
-        ends = [(block.scale * row.mean.low, block.scale * row.mean.high) for _, row in known if row.mean]
-        axis.vlines(at, *zip(*ends, strict=True), color=look["color"], linewidth=1, alpha=0.7)
+        lows = [block.scale * row.mean.low for _, row in known if row.mean]
+        highs = [block.scale * row.mean.high for _, row in known if row.mean]
+        axis.vlines(at, lows, highs, color=look["color"], linewidth=1, alpha=0.7)
         if main:
-            axis.fill_between(at, *zip(*ends, strict=True), color=look["color"], alpha=0.12, linewidth=0)
+            axis.fill_between(at, lows, highs, color=look["color"], alpha=0.12, linewidth=0)
 
 
 def _draws(axis: Axes, block: Block, rows: Sequence[Row], x: Callable[[Row], Any], shift: float = 1.0) -> None:

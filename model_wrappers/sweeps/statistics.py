@@ -18,8 +18,10 @@ import numpy as np
 from .store import CellRecord
 
 RESAMPLES, FEWEST_RESAMPLES, LEVEL = 10_000, 1_000, 0.95
-METHOD_ORDER = ("fullkv", "sparsemm", "snapkv", "pyramidkv", "adakv", "local_window", "random", "permuted")
-METHOD_ORDER += ("layer_mean", "uniform", "mask", "mask_random")
+METHOD_ORDER = (
+    *("fullkv", "sparsemm", "snapkv", "pyramidkv", "adakv", "local_window"),
+    *("random", "permuted", "layer_mean", "uniform", "mask", "mask_random"),
+)
 CONTROLS = ("random", "permuted", "layer_mean", "uniform", "mask_random")
 
 
@@ -243,7 +245,7 @@ def _flips(base: np.ndarray, each: Sequence[np.ndarray]) -> dict[str, float]:
     }
 
 
-def _cost(task: str, group: Sequence[CellRecord]) -> dict[str, float | None]:
+def _cost(task: str, group: Sequence[CellRecord]) -> dict[str, Any]:
     measured = [record.statistics[task] for record in group if task in record.statistics]
 
     def mean(*names: str) -> float | None:

@@ -187,7 +187,11 @@ def sentences(block: Block) -> list[str]:
             told.setdefault("not best, and not distinguishable from the best at", []).append(said)
         else:
             told.setdefault("**worse than the best** at", []).append(f"{budget} ({best.method}, {size})")
-    return [f"{what} {', '.join(where)}" for what, where in told.items()]
+    lines = [f"{what} {', '.join(where)}" for what, where in told.items()]
+    gaps = {row.budget: row.difference for row in block.compared() if row.method == "sparsemm"}
+    if close := [str(budget) for budget, gap in sorted(gaps.items()) if gap is not None and not gap.excludes_zero]:
+        lines.append(f"sparsemm is not distinguishable from fullkv at {', '.join(close)}")
+    return lines
 
 
 def spread(block: Block) -> Grid | None:

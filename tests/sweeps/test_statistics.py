@@ -108,6 +108,7 @@ def test_sentences_name_where_sparsemm_is_not_best() -> None:
     assert "**worse than the best** at 96 (snapkv, -30.0)" in told
     assert "all rows answer alike at 160" in told
     assert any("not distinguishable" in line and "256" in line for line in told)
+    assert "sparsemm is not distinguishable from fullkv at 96" not in told and len(told) == 4
     line = next(line for line in tables.accuracy(block).rows if line[0] == "sparsemm")
     assert line[1].startswith("**") and line[2].endswith("▼") and line[3].endswith("**") and line[4].endswith("≈")
 
