@@ -66,8 +66,8 @@ def test_time_ratio_compares_the_same_generation(family, monkeypatch):
     model, processor = family
     found = cost.time_ratio(model, processor, list(samples(3)), batch_size=2, repeats=2, max_new_tokens=6)
     assert found["images"] == 3 and 0 < found["tokens_written"] <= 18
-    assert found["ratio"] == pytest.approx(found["seconds_with"] / found["seconds_without"], rel=0.01)
-    assert 0 < found["ratio_quartiles"][0] <= found["ratio_quartiles"][1]
+    low, high = found["ratio_quartiles"]
+    assert 0 < low <= found["ratio"] <= high and found["seconds_with"] > 0 < found["seconds_without"]
     short = passes.free_running
     monkeypatch.setattr(passes, "free_running", lambda *given: short(*given[:-1], 2))
     with pytest.raises(RuntimeError, match="Scoring changed what the model writes"):
