@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .statistics import METHOD_ORDER
 from .store import COMPACT, CellRecord, read_cells, write_text
 
 app = typer.Typer()
@@ -114,7 +115,7 @@ def read_runs(path: Path) -> list[Run]:
     if path.is_file():
         return [_of_results(path)]
     if (path / "cells").is_dir() or (path / COMPACT).exists():
-        runs = [_of_cell(path, record) for record in read_cells(path) if _is_shown(record)]
+        runs = [_of_cell(path, record) for record in sorted(read_cells(path), key=_place) if _is_shown(record)]
     else:
         runs = [_of_results(file) for file in sorted(path.rglob("*_results.json")) if file.parent.name != "submissions"]
     if not runs:
@@ -143,6 +144,11 @@ def write_card(runs: Sequence[Run], output: Path) -> Collected:
 def _is_shown(record: CellRecord) -> bool:
     """Ablations and single draws of controls belong into the report of the sweep."""
     return record.error is None and not record.variant and "#" not in record.method
+
+
+def _place(record: CellRecord) -> tuple[str, int, int]:
+    known = METHOD_ORDER.index(record.method) if record.method in METHOD_ORDER else len(METHOD_ORDER)
+    return record.model, known, -(record.budget or 0)
 
 
 def _of_cell(sweep: Path, record: CellRecord) -> Run:
@@ -252,26 +258,28 @@ def _markdown(runs: Sequence[Run], collected: Collected, root: Path) -> str:
 
 
 def _results(runs: Sequence[Run]) -> str:
+    """One table for all runs of the same tasks and documents."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.documents, sort_keys=True), []).append(run)
+    note = "Budget: tokens kept per kv head on average, the window included. KV MiB: used by a document's cache.\n"
+    return "\n".join([*(_table(group) for group in groups.values()), note])
+
+
+def _table(runs: Sequence[Run]) -> str:
     columns = list(dict.fromkeys((t, m) for run in runs for t, values in run.scores.items() for m in values))
-    counts = {
-        task: "/".join(dict.fromkeys(str(r.documents[task]) for r in runs if task in r.documents))
-        for task, _ in columns
-    }
-    names = [f"{task} {metric} ({counts[task]} documents)" for task, metric in columns]
+    names = [f"{task} {metric} ({runs[0].documents.get(task, '?')} documents)" for task, metric in columns]
     header = ["model", "method", "budget", *names, "tokens kept", "KV MiB", "ms/token"]
     lines = []
     for run in runs:
         variant = "".join(f" {name}={value:g}" for name, value in run.variant.items())
-        values = [run.scores.get(task, {}).get(metric) for task, metric in columns]
         size = run.measured.get("kv_bytes_used")
-        cells = [run.model, run.method + variant, str(run.budget or "all")]
-        cells += [_text(value) for value in values]
-        cells += [_text(run.measured.get("kept_tokens")), _text(None if size is None else size / 2**20)]
-        cells.append(_text(run.measured.get("tpot_ms_median", run.measured.get("tpot_ms"))))
-        lines.append(cells)
+        measured = [run.measured.get("kept_tokens"), None if size is None else size / 2**20]
+        measured.append(run.measured.get("tpot_ms_median", run.measured.get("tpot_ms")))
+        values = [run.scores.get(task, {}).get(metric) for task, metric in columns] + measured
+        lines.append([run.model, run.method + variant, str(run.budget or "all"), *map(_text, values)])
     rows = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *lines]
-    note = "Budget: tokens kept per kv head on average, the window included. KV MiB: used by a document's cache.\n"
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n" + note
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _text(value: float | None) -> str:
@@ -287,8 +295,8 @@ def _settings(runs: Sequence[Run]) -> str:
     own = []
     for index, run in enumerate(runs):
         told = [f"{name} {texts[name][index]}" for name in differing if run.settings.get(name) is not None]
-        own += [f"* {run.label}: {', '.join(told)}\n"] if told else []
-    return "".join(shared) + ("\nBy run:\n\n" + "".join(own) if own else "")
+        own += [f"* {run.model}, {run.method}: {', '.join(told)}\n"] if told else []
+    return "".join(shared) + ("\nBy method:\n\n" + "".join(dict.fromkeys(own)) if own else "")
 
 
 def _environment(runs: Sequence[Run]) -> str:

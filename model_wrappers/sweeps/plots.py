@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...config import unknown_name
 from .paper import published
 from .statistics import CONTROLS, Block, Row
-from .tables import budgets
+from .tables import budgets, draws_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -205,7 +205,7 @@ def _line(
     """One method's values; intervals as bars, sparsemm's as a band too."""
     if not rows:
         return
-    look = look or _look(rows[0].method, len(rows[0].draws))
+    look = look or _look(rows[0].method, rows)
     main = rows[0].method in ("sparsemm", "mask") and "ratio" not in rows[0].variant
     width = 2.4 if main and bars else 1.2 if bars else 0.6  # costs are no axis along which values can be read off
     style = "--" if rows[0].method in CONTROLS else "-"
@@ -258,10 +258,14 @@ def _front(axis: Axes, points: Sequence[tuple[Any, float]]) -> None:
     )
 
 
-def _look(method: str, draws: int = 1) -> dict[str, Any]:
+def _look(method: str, rows: Sequence[Row] = ()) -> dict[str, Any]:
     colour, marker = LOOKS.get(method, ("0.3", "."))
-    name = NAMES.get(method, method)
-    return {"color": colour, "marker": marker, "label": f"{name}, {draws} draws" if draws > 1 else name}
+    several = any(len(row.draws) > 1 for row in rows)
+    return {
+        "color": colour,
+        "marker": marker,
+        "label": NAMES.get(method, method) + (f", {draws_text(rows)}" if several else ""),
+    }
 
 
 def _panels(blocks: Sequence[Block]) -> tuple[Figure, list[Panel]]:

@@ -86,10 +86,18 @@ def heading(block: Block) -> str:
     return f"{block.model}, {block.task}: {block.metric}{unit}{count}"
 
 
-def label(row: Row) -> str:
-    """A row's method; the controls in italics, with the number of draws."""
-    name = f"*{row.method}*" if row.method in CONTROLS else row.method
-    return f"{name} ({len(row.draws)} draws)" if len(row.draws) > 1 else name
+def label(rows: Sequence[Row]) -> str:
+    """The method of a line of the table; the controls in italics, with the number of draws."""
+    name, counts = rows[0].method, {len(row.draws) for row in rows}
+    several = f" ({draws_text(rows)})" if counts != {1} else ""
+    return (f"*{name}*" if name in CONTROLS else name) + several
+
+
+def draws_text(rows: Sequence[Row]) -> str:
+    """For example `10 draws`, or `10 draws at 64` where other budgets have one."""
+    most = max(len(row.draws) for row in rows)
+    places = [str(row.budget) for row in rows if len(row.draws) == most]
+    return f"{most} draws" + ("" if len(places) == len(rows) else f" at {', '.join(places)}")
 
 
 def budgets(rows: Iterable[Row]) -> list[int]:
@@ -101,12 +109,12 @@ def accuracy(block: Block) -> Grid:
     rows, columns = block.compared(), budgets(block.compared())
     lines = []
     if block.fullkv is not None:
-        lines.append([label(block.fullkv), *[_number(block, block.fullkv)] * len(columns)])
+        lines.append([label([block.fullkv]), *[_number(block, block.fullkv)] * len(columns)])
     theirs = {(number.method, number.budget): number.value for number in published(block) if number.ratio is None}
     for method in dict.fromkeys(row.method for row in rows):
         own = {row.budget: row for row in rows if row.method == method}
         cells = [_marked(block, own[budget]) if budget in own else "" for budget in columns]
-        lines.append([label(next(iter(own.values()))), *cells])
+        lines.append([label(list(own.values())), *cells])
         told = [theirs.get((method, budget)) for budget in columns]
         if any(value is not None for value in told):
             texts = ["" if value is None else f"{block.scale * value:.1f}" for value in told]
@@ -156,7 +164,7 @@ def variants(block: Block, name: str) -> Grid | None:
     for method, budget in dict.fromkeys((row.method, row.budget) for row in rows):
         own = {row.variant[name]: row for row in rows if (row.method, row.budget) == (method, budget)}
         at = f", {budget} tokens" if budget else ""
-        first = label(next(iter(own.values())))
+        first = label(list(own.values()))
         lines.append([first + at, *(_number(block, own[value]) if value in own else "" for value in columns)])
         told = [theirs.get((method, budget, value)) if name == "ratio" and budget else None for value in columns]
         if any(value is not None for value in told):
@@ -220,7 +228,7 @@ def _by_budget(block: Block, title: str, cell: Callable[[Row], str], rows: Seque
     lines = []
     for method in dict.fromkeys(row.method for row in rows):
         own = {row.budget: row for row in rows if row.method == method}
-        lines.append([label(next(iter(own.values()))), *(cell(own[b]) if b in own else "" for b in columns)])
+        lines.append([label(list(own.values())), *(cell(own[b]) if b in own else "" for b in columns)])
     return Grid(title, ("tokens per kv head", *map(str, columns)), lines)
 
 
