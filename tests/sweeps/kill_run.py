@@ -14,7 +14,6 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,20 @@ class Silent:
     def finished(self, record: Any) -> None: ...
 
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["sparsemm_lmms.model_wrappers.sweeps.runner", "sparsemm_lmms.model_wrappers.base"])
+
+
+def warm_up() -> None:
+    """Let the server import everything, so that no time below contains it."""
+    process = CONTEXT.Process(target=int)
+    process.start()
+    process.join()
+
+
 def start(output: Path, arguments: dict[str, Any]) -> ForkServerProcess:
     """The sweep in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sparsemm_lmms.model_wrappers.sweeps.runner", "sparsemm_lmms.model_wrappers.base"])
-    process = context.Process(target=sweep, args=(str(output), arguments))
+    process = CONTEXT.Process(target=sweep, args=(str(output), arguments))
     process.start()
     return process
 
@@ -63,22 +71,28 @@ def unbroken(output: Path, arguments: dict[str, Any]) -> float:
     return time.perf_counter() - begun
 
 
-def with_kills(output: Path, arguments: dict[str, Any], moments: Iterator[float]) -> list[tuple[float, int]]:
-    """Kill after each of the moments (seconds), then run to the end.
+def with_kills(
+    output: Path, arguments: dict[str, Any], kills: int, seconds: float, dice: random.Random
+) -> list[tuple[float, int]]:
+    """Kill at random moments, resume each time, then run to the end.
+
+    Args:
+        seconds: an unbroken run; the kills spread over so much of it that it is not over before the last.
 
     Returns:
         for each kill its moment and how many cells were complete then.
     """
-    kills = []
-    for moment in moments:
+    done = []
+    for _ in range(kills):
+        moment = dice.uniform(0, seconds / (kills + 1))
         process = start(output, arguments)
         process.join(moment)
         assert process.exitcode is None, f"the sweep was over before the kill at {moment:.2f} s"
         process.kill()
         process.join()
-        kills.append((moment, sum(1 for _ in read_cells(output))))
+        done.append((moment, sum(1 for _ in read_cells(output))))
     unbroken(output, arguments)
-    return kills
+    return done
 
 
 def contents(output: Path) -> dict[str, Any]:
@@ -109,16 +123,16 @@ def main() -> None:
     dice = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder, "whole"), Path(folder, "broken")
-        start(Path(folder, "warm"), {**arguments, "methods": "fullkv"}).join()  # the server imports for this one
+        warm_up()
         seconds = unbroken(whole, arguments)
         wanted = contents(whole)
-        longest = 1.5 * seconds / options.kills  # so that the kills spread over the whole sweep
-        kills = with_kills(broken, arguments, (dice.uniform(0, longest) for _ in range(options.kills)))
+        kills = with_kills(broken, arguments, options.kills, seconds, dice)
         for number, (moment, cells) in enumerate(kills, 1):
             print(f"kill {number:>2} after {moment:5.2f} s: {cells:>2} of {len(wanted)} cells complete")
         assert contents(broken) == wanted, "the killed sweep differs from the unbroken one"
-    print(f"{len(wanted)} cells, {options.kills} kills: metrics, statistics and samples equal those of {seconds:.0f} s")
-    print("without a kill.")
+    print(
+        f"{len(wanted)} cells, {options.kills} kills: metrics, statistics and samples equal those of the unbroken run"
+    )
 
 
 if __name__ == "__main__":

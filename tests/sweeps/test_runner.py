@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan, open_sweep
 from sparsemm_lmms.model_wrappers.sweeps.runner import host_defaults, read_samples, run
 from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord, forget_cell, read_cells
 
-from .kill_run import Silent, contents, start, with_kills
+from .kill_run import Silent, contents, start, warm_up, with_kills
 
 ARGUMENTS: dict[str, Any] = {
     "model_args": "pretrained=demo,device=cpu",
@@ -170,12 +171,13 @@ def test_a_full_disk_ends_the_sweep_and_leaves_nothing_half_written(
 def test_killed_at_random_moments_it_finds_the_same(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     arguments = {**ARGUMENTS, "tasks": "sparsemm_demo_vqa", "methods": "sparsemm,snapkv", "budgets": "64,48"}
+    warm_up()
+    begun = time.perf_counter()
     both = [start(whole, arguments) for _ in range(2)]  # they share the cells
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    dice = random.Random()
-    kills = with_kills(broken, arguments, (dice.uniform(0.2, 1.5) for _ in range(3)))
+    kills = with_kills(broken, arguments, 3, time.perf_counter() - begun, random.Random())
     assert contents(broken) == contents(whole), kills
     assert len(contents(whole)) == 5
 
