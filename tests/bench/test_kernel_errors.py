@@ -56,3 +56,21 @@ def test_a_full_segment(arguments: Callable[..., str], monkeypatch: pytest.Monke
     monkeypatch.setattr(RaggedLayer, "reserve", lambda self, tokens: None)
     with pytest.raises(RuntimeError, match="ran out of room"):
         model.generate_until([request(model, conversation(0), 0, {**GREEDY, "max_new_tokens": 40})])
+
+
+@pytest.mark.parametrize(
+    "mode, message", [("on", "cuda_graph=on needs a CUDA device, but the model is on cpu"), ("yes", "cuda_graph")]
+)
+def test_a_graph_that_cannot_be_had(arguments: Callable[..., str], mode: str, message: str) -> None:
+    """Refused when the model is made, before any prompt."""
+    with pytest.raises(ValueError, match=message):
+        load("llava_next_snapkv", arguments("llava_next_snapkv", cuda_graph=mode))
+
+
+def test_the_stock_loop_answers_the_same(arguments: Callable[..., str]) -> None:
+    answers = []
+    for mode in ("auto", "off"):
+        model = load("llava_next_snapkv", arguments("llava_next_snapkv", cuda_graph=mode))
+        assert model.engine.cuda_graph == mode and model.settings()["cuda_graph"] == mode
+        answers.append(model.generate_until([request(model, conversation(i), i, GREEDY) for i in range(3)]))
+    assert [a.text for a in answers[0]] == [a.text for a in answers[1]]
