@@ -190,4 +190,6 @@ def test_documents_of_tasks_that_score_otherwise() -> None:
         (3, {"ocrbench_accuracy": 1.0}, '["a", "b"]'),
         (4, {"exact": 1.0}, '["a", "b"]'),
     ]
+    choices = read_samples("task", [{**base, "filtered_resps": [[0.5, True], [0.7, False]]}])
+    assert choices[0].answer == "[[0.5, true], [0.7, false]]"
     assert samples[0].answer == "[0.5, true]" and samples[0].kept_tokens is None
