@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PRIMARY = {"sparsemm_demo_ocr": "character_accuracy"} | {task: known.metric for task, known in TASKS.items()}
 """The metric of a task that tables and figures show; of other tasks the first with scores of documents."""
 
+TIE = 1e-9  # means of the same scores in another order
 LEGEND = (
     "Brackets: 95 % bootstrap interval over documents. **Bold**: best of the column. `≈` sparsemm is not "
     "distinguishable from the best other row, `▼` it is below it (interval of the paired difference; not corrected for "
@@ -186,11 +187,13 @@ def sentences(block: Block) -> list[str]:
             told.setdefault("all rows answer alike at", []).append(str(budget))
         elif gap.value > 0 and gap.excludes_zero:
             told.setdefault("sparsemm is best and beyond the interval at", []).append(f"{budget} ({size})")
-        elif gap.value > 0:
+        elif gap.value >= TIE:
             told.setdefault("best, but not distinguishable from the next at", []).append(
                 f"{budget} ({best.method}, {size})"
             )
-        elif gap.value == 0 or not gap.excludes_zero:
+        elif abs(gap.value) < TIE:
+            told.setdefault("as good as the best other row at", []).append(f"{budget} ({best.method})")
+        elif not gap.excludes_zero:
             said = f"{budget} ({best.method}, {size})"
             told.setdefault("not best, and not distinguishable from the best at", []).append(said)
         else:
@@ -239,12 +242,12 @@ def _number(block: Block, row: Row) -> str:
 def _marked(block: Block, row: Row) -> str:
     rivals = [other for other in block.compared() if other.budget == row.budget and other is not row]
     text = _number(block, row)
-    if all(row.value >= other.value for other in rivals):
+    if all(row.value > other.value - TIE for other in rivals):
         text = f"**{text}**"
     if row.method != "sparsemm" or not rivals or _all_alike(block, row.budget):
         return text
     gap = block.difference(row, max(rivals, key=lambda other: other.value))
-    if gap.value == 0 or not gap.excludes_zero:
+    if not gap.excludes_zero:
         return f"{text} ≈"
     return text if gap.value > 0 else f"{text} ▼"
 

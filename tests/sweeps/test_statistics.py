@@ -62,6 +62,13 @@ def test_pairing_narrows_the_interval() -> None:
     assert found.difference.high == pytest.approx(-0.1) and found.lost is None
 
 
+def test_a_tie_is_no_defeat() -> None:
+    cells = [cell(name, 48, {"t": {"m": list(v)}}) for name, v in (("sparsemm", FULL), ("adakv", FULL[::-1]))]
+    block = one(cell("fullkv", None, {"t": {"m": FULL}}), *cells)
+    assert tables.sentences(block)[0] == "as good as the best other row at 48 (adakv)"
+    assert [line[1].count("**") for line in tables.accuracy(block).rows] == [0, 2, 2]
+
+
 def test_draws_are_one_row() -> None:
     draws = [cell(f"random#{i}", 48, {"t": {"m": values}}) for i, values in enumerate(([1.0, 0.0], [0.0, 0.0]))]
     again = replace(cell("random", 48, {"t": {"m": [1.0, 0.0]}}), settings=draws[0].settings)
