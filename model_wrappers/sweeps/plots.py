@@ -38,7 +38,6 @@ NAMES = {"mask": "visual heads silenced", "mask_random": "as many others silence
 ONLY_IN_SCORES = ("permuted", "layer_mean", "uniform")  # controls that have a figure of their own
 PARTS = {"local_window": "local window", "snapkv": "+ uniform (snapkv)", "sparsemm": "+ by head scores (sparsemm)"}
 INTERVALS = "bars: 95 % bootstrap interval over documents"
-DRAWS = f"{INTERVALS}; dots: single draws"
 WIDTH, HEIGHT = 5.6, 4.0  # inches, of a panel
 Panel = tuple["Axes", Block]
 
@@ -146,7 +145,7 @@ def heads(blocks: Sequence[Block]) -> Figure:
             _draws(axis, block, line, lambda row: 100 * row.variant["mask_ratio"])
         _fullkv(axis, block, "no head silenced")
         axis.set_xlabel("heads silenced, % of all")
-    return _with_legend(figure, panels, DRAWS)
+    return _with_legend(figure, panels, INTERVALS + _dots(blocks))
 
 
 def scores(blocks: Sequence[Block]) -> Figure:
@@ -161,7 +160,12 @@ def scores(blocks: Sequence[Block]) -> Figure:
             _draws(axis, block, line, lambda row: row.budget, 1.008 * shift)
         _fullkv(axis, block)
         _budget_axis(axis, budgets(rows))
-    return _with_legend(figure, panels, DRAWS)
+    return _with_legend(figure, panels, INTERVALS + _dots(blocks))
+
+
+def _dots(blocks: Sequence[Block]) -> str:
+    drawn = any(len(row.draws) > 1 for block in blocks for row in block.rows)
+    return "; dots: single draws" if drawn else ""
 
 
 def _shifts(count: int) -> list[float]:
@@ -317,7 +321,10 @@ def _plain_log_ticks(axis: Axes) -> None:
 def _with_legend(figure: Figure, panels: Sequence[Panel], note: str = INTERVALS) -> Figure:
     """One legend for all panels, outside them; `note` says what bars and dots are."""
     known: dict[str, Any] = {}
-    for axis, _ in panels:
+    for axis, block in panels:
+        low, high = axis.get_ylim()
+        if block.unit == "%":
+            axis.set_ylim(max(low, -3), min(high, 103))
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             known.setdefault(name, handle)
     columns = min(len(known), max(3, int(figure.get_figwidth() / 1.9)))
