@@ -123,3 +123,19 @@ def test_no_torch_is_needed(sweep: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_published_sweep_still_says_the_same() -> None:
+    """docs/sweep: the means of its stored answers are those of its table and of the host."""
+    folder = Path(__file__).parents[2] / "docs" / "sweep"
+    with (folder / "tables" / "results.csv").open() as file:
+        told = {
+            (r["model"], r["task"], r["metric"], r["method"], r["budget"], r["variant"]): r
+            for r in csv.DictReader(file)
+        }
+    rows = [(block, row) for block in blocks(read_cells(folder)) for row in block.rows]
+    assert len(rows) == len(told) > 100
+    for block, row in rows:
+        variant = " ".join(f"{name}={value:g}" for name, value in row.variant.items())
+        line = told[block.model, block.task, block.metric, row.method, str(row.budget or ""), variant]
+        assert float(line["mean"]) == pytest.approx(row.value) == pytest.approx(row.host)
