@@ -59,9 +59,10 @@ def test_eight_together_are_eight_alone(
     model = load(name, arguments(name, compress_before_question=agnostic), 1)
     stop = {"max_new_tokens": 9, "until": ["a", "e", "\n"]}
     asked = [request(model, messages, i, stop) for i, messages in enumerate(MIXED)]
-    free = model.generate_until([request(model, MIXED[0], 0, {"max_new_tokens": 3})])[0].text
-    letters = model.tokenizer(free or "x")["input_ids"]
-    model.engine.eos = sorted({*model.engine.eos, letters[-1]})  # so that some answers end at an end token
+    first = [request(model, messages, i, {"max_new_tokens": 7}) for i, messages in enumerate(MIXED[:2])]
+    free = [result.text for result in model.generate_until(first)]
+    ends = model.tokenizer("".join(text[len(text) // 2 :][:1] for text in free))["input_ids"]
+    model.engine.eos = sorted({*model.engine.eos, *ends})  # so that some answers end at an end token, on the way
     positions.clear()
     alone = model.generate_until(asked)
     kept = [batch[0] for batch in positions]
