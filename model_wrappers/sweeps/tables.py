@@ -175,7 +175,7 @@ def variants(block: Block, name: str) -> Grid | None:
 
 
 def sentences(block: Block) -> list[str]:
-    """Where sparsemm is best, where it is not, and where the documents do not tell."""
+    """Where sparsemm is best, where it is not, and where the documents do not tell. More is taken as better."""
     told: dict[str, list[str]] = {}
     for budget in budgets(block.compared()):
         own, best = _sparsemm_and_best(block, budget)

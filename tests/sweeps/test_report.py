@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sparsemm_lmms.model_wrappers.sweeps import paper, plots, report, tables
+from sparsemm_lmms.model_wrappers.sweeps import paper, plots, report, statistics, tables
 from sparsemm_lmms.model_wrappers.sweeps.statistics import Block, blocks
 from sparsemm_lmms.model_wrappers.sweeps.store import read_cell, read_cells, write_cell, write_compact
 
@@ -87,6 +88,10 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     assert next(line for line in grid.rows if line[0] == "sparsemm (paper)") == ["sparsemm (paper)", "", "63.8", "", ""]
     [axis] = plots.accuracy([block]).axes
     assert "sparsemm (paper)" in axis.get_legend_handles_labels()[1]
+
+
+def test_examples_in_the_code() -> None:
+    assert all(doctest.testmod(module).failed == 0 for module in (paper, statistics, tables))
 
 
 @pytest.mark.parametrize(
