@@ -96,9 +96,13 @@ def label(rows: Sequence[Row]) -> str:
 
 def draws_text(rows: Sequence[Row]) -> str:
     """For example `10 draws`, or `10 draws at 64` where other budgets have one."""
-    most = max(len(row.draws) for row in rows)
-    places = [str(row.budget) for row in rows if len(row.draws) == most]
-    return f"{most} draws" + ("" if len(places) == len(rows) else f" at {', '.join(places)}")
+    counts = {len(row.draws) for row in rows}
+    most = f"{max(counts)} draws"
+    if len(counts) == 1:
+        return most
+    if any(row.budget is None for row in rows):
+        return f"up to {most}"
+    return f"{most} at {', '.join(str(row.budget) for row in rows if len(row.draws) == max(counts))}"
 
 
 def budgets(rows: Iterable[Row]) -> list[int]:

@@ -77,7 +77,9 @@ def test_draws_are_one_row() -> None:
     assert found.draws == (0.5, 0.0) and found.value == 0.25  # `random` is the draw `random#0`, counted once
     assert found.lost == 1.5 and found.scores is not None and found.scores.tolist() == [0.5, 0.0]
     grid = tables.spread(block)
-    assert grid is not None and grid.rows[0][1] == "25.0 (0.0 to 50.0)"
+    assert grid is not None and grid.rows[0] == ["*random* (2 draws)", "25.0 (0.0 to 50.0)"]
+    assert tables.draws_text([replace(found, budget=96, draws=(1.0,)), found]) == "2 draws at 48"
+    assert tables.draws_text([replace(found, budget=None, draws=(1.0,)), found]) == "up to 2 draws"
 
 
 def test_what_only_the_host_scores_has_no_interval() -> None:
