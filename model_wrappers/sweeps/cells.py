@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config import unknown_name
+from ...head_scores import HeadScores
 from ...methods import METHODS
+from ...scoring.resolve import WORDS
 from ..arguments import DEMO, Family, RunOptions, known_run_options, known_settings, split_arguments
 from ..families import LLAVA_NEXT, QWEN2_VL
 
@@ -54,6 +56,19 @@ class SweptModel:
     @property
     def is_demo(self) -> bool:
         return self.arguments.get("pretrained") == DEMO
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all cells of this model in one folder must have in common; of a score file, what is in it.
+
+        Raises:
+            FileNotFoundError, ValueError: for head scores that cannot be read.
+        """
+        scores = str(self.arguments.get("head_scores", "auto"))
+        word, _, rest = scores.partition(":")
+        file = rest if word in WORDS else scores
+        content = {"head_scores_sha256": HeadScores.load(file).content_hash} if file else {}
+        return {"family": self.family, "model_args": self.arguments, **content}
 
     @property
     def label(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from lmms_eval.utils import simple_parse_args_string
 
 from ..loading import read_config
@@ -28,7 +29,7 @@ from .cells import (
     parse_methods,
     words,
 )
-from .store import write_text
+from .store import read_cells, write_text
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,13 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What all cells of a folder must have in common to be compared."""
-        return {"tasks": sorted(self.tasks), "limit": self.limit, "batch_size": self.batch_size, "seed": self.seed}
+        return {
+            "tasks": sorted(self.tasks),
+            "limit": self.limit,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "include_path": self.include_path and str(Path(self.include_path).resolve()),
+        }
 
 
 def make_plan(
@@ -110,17 +117,22 @@ def make_plan(
 def open_sweep(sweep: Path, plan: Plan) -> None:
     """Begin a sweep in an empty folder, or go on with one of the same settings; methods, budgets and models may be new.
 
+    A sweep whose cells all failed (a task's name was misspelled, say) begins anew, whatever its settings were.
+
     Raises:
         ValueError: with the settings that differ.
     """
+    models = {model.label: model.identity for model in plan.models}
+    names = [cell.name for cell in plan.cells]
     file = sweep / "sweep.json"
     sweep.mkdir(parents=True, exist_ok=True)
-    models = {model.label: {"family": model.family, "model_args": model.arguments} for model in plan.models}
-    names = [cell.name for cell in plan.cells]
     with FileLock(sweep / ".lock"):
         old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if not old and any(not entry.name.startswith(".") for entry in sweep.iterdir()):
             raise ValueError(f"--output {sweep} holds files that are no sweep; name a new or an empty folder.")
+        if _only_failed(sweep):
+            old = {}
+            shutil.rmtree(sweep / "cells")
         _refuse_other(sweep, old.get("settings", plan.settings), plan.settings)
         for label, about in models.items():
             _refuse_other(sweep, old.get("models", {}).get(label, about), about)
@@ -132,6 +144,20 @@ def open_sweep(sweep: Path, plan: Plan) -> None:
             "commands": [*old.get("commands", []), command_line()],
         }
         write_text(file, json.dumps(plans, indent=1, ensure_ascii=False) + "\n")
+
+
+def _only_failed(sweep: Path) -> bool:
+    """Whether a sweep has cells, none of them complete, and nobody is at work on it."""
+    records = list(read_cells(sweep))
+    if not records or any(record.error is None for record in records):
+        return False
+    try:
+        for lock in (sweep / ".locks").glob("*.lock"):
+            with FileLock(lock, timeout=0):
+                pass
+    except Timeout:
+        return False
+    return True
 
 
 def _refuse_other(sweep: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

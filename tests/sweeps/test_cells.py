@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
+from sparsemm_lmms import HeadScores
 from sparsemm_lmms.model_wrappers.sweeps.cells import RATIOS, Cell, SweptModel, ablation_cells, main_cells
-from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan
+from sparsemm_lmms.model_wrappers.sweeps.plan import Plan, make_plan, open_sweep
+from sparsemm_lmms.model_wrappers.sweeps.runner import failed
+from sparsemm_lmms.model_wrappers.sweeps.store import read_cells, write_cell
 
 DEMO = SweptModel("llava_next", {"pretrained": "demo"})
 SCORED = SweptModel("qwen2_vl", {"pretrained": "demo", "head_scores": "mine.json", "ratio": 0.2, "beta": 10})
@@ -86,3 +92,36 @@ def test_names_tell_all_cells_of_a_sweep_apart() -> None:
 def test_mistakes_are_one_sentence(wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_plan(**{"model_args": "pretrained=demo", **wrong})
+
+
+def test_a_replaced_score_file_is_another_sweep(tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    arguments = {"model_args": f"pretrained=demo,head_scores={file}", "methods": "sparsemm", "budgets": "64"}
+    HeadScores.random(4, 8, 0).save(file)
+    open_sweep(tmp_path / "run", make_plan(**arguments))
+    open_sweep(tmp_path / "run", make_plan(**arguments))
+    HeadScores.random(4, 8, 1).save(file)
+    with pytest.raises(ValueError, match="head_scores_sha256 .* there"):
+        open_sweep(tmp_path / "run", make_plan(**arguments))
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="scores.json does not exist"):
+        open_sweep(tmp_path / "other", make_plan(**arguments))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_sweep_whose_cells_all_failed_begins_anew(tmp_path: Path) -> None:
+    def plan(tasks: str) -> Plan:
+        return make_plan(model_args="pretrained=demo", methods="snapkv", budgets="64", tasks=tasks)
+
+    wrong = plan("sparsemm_demo_ocrr")
+    open_sweep(tmp_path, wrong)
+    with pytest.raises(ValueError, match="other settings"):  # a process may be about to write its first record
+        open_sweep(tmp_path, plan("sparsemm_demo_ocr"))
+    for cell in wrong.cells:
+        write_cell(tmp_path, failed(cell, ValueError("Unknown task")))
+    (tmp_path / ".locks").mkdir()
+    with FileLock(tmp_path / ".locks" / "a.lock"), pytest.raises(ValueError, match="other settings"):
+        open_sweep(tmp_path, plan("sparsemm_demo_ocr"))
+    open_sweep(tmp_path, plan("sparsemm_demo_ocr"))
+    assert list(read_cells(tmp_path)) == []
+    assert json.loads((tmp_path / "sweep.json").read_text())["settings"]["tasks"] == ["sparsemm_demo_ocr"]
