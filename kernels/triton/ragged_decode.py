@@ -46,10 +46,11 @@ def plan(segments: int, rows: int, head_dim: int, itemsize: int, max_length: int
     """Blocks and grid of `_decode_kernel` for `rows` = G x t query rows a segment.
 
     BLOCK_M is 16, the least that tensor cores take; 64 and twice the warps for more rows, but not in float32, which
-    has no tensor cores and would spill. BLOCK_N makes a tile of keys 16 KiB (at most 128 rows): the pipelined tiles
-    are 64 to 96 KiB a program. One program an item, and no merge, when `max_length` is at most
-    DIRECT_LENGTH, when there are more items than MAX_ITEMS, or when long prompts are appended (several row blocks an
-    item) and the items alone fill the device; else PROGRAMS_PER_SM equal runs of tiles for each SM.
+    has no tensor cores and would spill; it takes twice the warps already for 16 (four spill on sm_80). BLOCK_N makes a
+    tile of keys 16 KiB (at most 128 rows): the pipelined tiles are 64 to 96 KiB a program. One program an item, and no
+    merge, when `max_length` is at most DIRECT_LENGTH, when there are more items than MAX_ITEMS, or when long prompts
+    are appended (several row blocks an item) and the items alone fill the device; else PROGRAMS_PER_SM equal runs of
+    tiles for each SM.
 
     >>> plan(segments=32, rows=1, head_dim=128, itemsize=2, max_length=300, sms=132).direct
     True
@@ -169,7 +170,7 @@ def _ragged_decode_triton(
             BLOCK_M=cut.block_m,
             BLOCK_N=cut.block_n,
             ITEMS=ITEMS,
-            num_warps=4 if cut.block_m == 16 else 8,
+            num_warps=4 if cut.block_m == 16 and query.element_size() == 2 else 8,
             num_stages=3,
         )
         if not cut.direct:

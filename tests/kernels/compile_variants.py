@@ -41,7 +41,7 @@ def variants() -> list[tuple[str, str, dict[str, int], int, int]]:
             found.append(("window_score._statistics_kernel", dtype, score, 4, 3))
             found.append(("window_score._mean_kernel", dtype, {**score, "MAX_SPLITS": 32}, 4, 3))
             decode = dict(BLOCK_D=block_d, BLOCK_N=tile // 2, ITEMS=256)
-            found.append(("ragged_decode._decode_kernel", dtype, {**decode, "BLOCK_M": 16}, 4, 3))
+            found.append(("ragged_decode._decode_kernel", dtype, {**decode, "BLOCK_M": 16}, 4 if size == 2 else 8, 3))
             if size == 2:
                 found.append(("ragged_decode._decode_kernel", dtype, {**decode, "BLOCK_M": 64}, 8, 3))
             found.append(("ragged_decode._merge_kernel", dtype, dict(BLOCK_D=block_d, ITEMS=256, PARTS=16), 4, 3))
