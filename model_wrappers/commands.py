@@ -20,7 +20,7 @@ from rich.table import Table
 from ..cli import tasks_folder
 from ..config import unknown_name
 from .names import FAMILIES, METHODS
-from .records import KEY
+from .results import KEY, read_results
 
 app = typer.Typer()
 NOT_REPEATED = {"config": None, "use_cache": None, "hf_hub_log_args": "", "wandb_args": "", "swanlab_args": ""}
@@ -130,23 +130,6 @@ def _raise(error: Exception, tasks: list[str]) -> None:
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"Unknown task {missing[1]!r} in --tasks; `lmms-eval tasks list` prints all.{hint}")
     raise error
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A results file of one of our models.
-
-    Raises:
-        FileNotFoundError, ValueError: with one sentence.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no results file {path}; give the *_results.json of a run.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file ({error}); give the *_results.json of a run.") from None
-    if not isinstance(data, dict) or KEY not in data:
-        raise ValueError(f"{path} has no record under {KEY!r}: it was not made by one of this package's models.")
-    return data
 
 
 def metrics(results: dict[str, Any]) -> dict[tuple[str, str], float]:

@@ -26,7 +26,8 @@ from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics
 
 from .names import stock_id
-from .records import KEY, command_line, environment, fingerprint, run_name, settings_of_evaluation
+from .records import command_line, environment, fingerprint, run_name, settings_of_evaluation
+from .results import KEY
 from .statistics import RunStatistics, gather
 
 

@@ -19,8 +19,6 @@ from ..kernels.backend import resolve_backend
 from .compressed import CompressedModel
 from .loading import checkpoint_version
 
-KEY = "sparsemm_lmms"
-"""Where the record stands in a results file and, shortened, in each line of a sample log."""
 PACKAGES = ("sparsemm-lmms", "torch", "triton", "transformers", "lmms-eval")
 WITHOUT_EFFECT = frozenset(
     "config output_path hf_hub_log_args wandb_args wandb_log_samples swanlab_args swanlab_log_samples verbosity "

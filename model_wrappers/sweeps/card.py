@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..results import KEY, read_results
 from .statistics import METHOD_ORDER
 from .store import COMPACT, CellRecord, read_cells, write_text
 
 app = typer.Typer()
-KEY = "sparsemm_lmms"  # of `model_wrappers.records`, which imports torch
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,7 @@ def _of_cell(sweep: Path, record: CellRecord) -> Run:
 
 
 def _of_results(path: Path) -> Run:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file ({error}); give the *_results.json of a run.") from None
-    if not isinstance(data, dict) or KEY not in data:
-        raise ValueError(f"{path} has no record under {KEY!r}: it was not made by one of this package's models.")
+    data = read_results(path)
     record = data[KEY]
     settings = record["settings"]
     family = next((f for f in ("llava_next", "qwen2_vl") if settings["model"].startswith(f"{f}_")), settings["model"])

@@ -31,7 +31,7 @@ from loguru import logger
 from ...cli import tasks_folder
 from ..commands import metrics, replaced
 from ..names import stock_id
-from ..records import KEY
+from ..results import KEY
 from .cells import Cell, SweptModel
 from .plan import Plan
 from .store import CellRecord, Sample, forget_cell, read_cell, write_cell

@@ -18,13 +18,13 @@ from lmms_eval.tasks import TaskManager
 from sparsemm_lmms import HeadScores
 from sparsemm_lmms.cli import app as cli
 from sparsemm_lmms.cli import main
-from sparsemm_lmms.model_wrappers import commands, host, records
+from sparsemm_lmms.model_wrappers import commands, host
 from sparsemm_lmms.model_wrappers.base import CompressedChatModel
+from sparsemm_lmms.model_wrappers.results import KEY, read_results
 
 from . import tiny
 from .conftest import png
 
-KEY = records.KEY
 DOCUMENTS = 3
 
 
@@ -184,11 +184,11 @@ def test_a_run_is_repeated_from_its_record(
 
 def test_rerun_of_no_record(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no results file"):
-        commands.read_results(tmp_path / "nothing.json")
+        read_results(tmp_path / "nothing.json")
     for text, said in (("no json", "is no JSON file"), ("{}", "has no record"), ("[]", "has no record")):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match=said):
-            commands.read_results(tmp_path / "results.json")
+            read_results(tmp_path / "results.json")
 
 
 @pytest.mark.parametrize(
