@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from sparsemm_lmms import HeadScores
 from sparsemm_lmms.model_wrappers.sweeps.cells import RATIOS, Cell, SweptModel, ablation_cells, main_cells
@@ -120,8 +120,10 @@ def test_a_sweep_whose_cells_all_failed_begins_anew(tmp_path: Path) -> None:
     for cell in wrong.cells:
         write_cell(tmp_path, failed(cell, ValueError("Unknown task")))
     (tmp_path / ".locks").mkdir()
-    with FileLock(tmp_path / ".locks" / "a.lock"), pytest.raises(ValueError, match="other settings"):
-        open_sweep(tmp_path, plan("sparsemm_demo_ocr"))
+    with (tmp_path / ".locks" / "a.lock").open("w") as held:  # by another process, as far as FileLock can tell
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="other settings"):
+            open_sweep(tmp_path, plan("sparsemm_demo_ocr"))
     open_sweep(tmp_path, plan("sparsemm_demo_ocr"))
     assert list(read_cells(tmp_path)) == []
     assert json.loads((tmp_path / "sweep.json").read_text())["settings"]["tasks"] == ["sparsemm_demo_ocr"]
