@@ -175,7 +175,7 @@ class Engine:
         self, session: CompressionSession, conversations: Sequence[Conversation], settings: GenerationSettings
     ) -> Batch:
         """Answer the conversations in one batch on a fresh cache of `session`, which must be entered."""
-        return self.answer(session, [Prompt(*self.prompt(conversation)) for conversation in conversations], settings)
+        return self.answer(session, [self.prompt(conversation) for conversation in conversations], settings)
 
     def answer(
         self,

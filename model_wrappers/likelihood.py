@@ -56,7 +56,7 @@ def read_document(engine: Engine, conversation: Conversation, answers: Sequence[
     Raises:
         ValueError: for an answer without tokens, or a template that writes the context differently for each answer.
     """
-    prompt = Prompt(*engine.prompt(conversation))
+    prompt = engine.prompt(conversation)
     turns = [{"role": "assistant", "content": [{"type": "text", "text": answer}]} for answer in answers]
     tokenize = engine.processor.tokenizer
     context = tokenize(prompt.text)["input_ids"]  # an image is one placeholder here

@@ -40,7 +40,7 @@ class Dialogue:
         if settings.num_beams > 1:
             raise ValueError(f"num_beams={settings.num_beams}: rounds on one cache are decoded with one beam.")
         self.messages += [self._with_frames(message) for message in messages]
-        prompt = Prompt(*self.engine.prompt(self.messages))
+        prompt = self.engine.prompt(self.messages)
         inputs = self.engine.batch_inputs([prompt])
         ids = inputs["input_ids"][0].tolist()
         if self.cache is None:

@@ -115,6 +115,7 @@ class RaggedLayer(CacheLayerMixin):
         """
         chosen = select(self.method, self.layer_idx, query, key, scaling, step.counts)
         self.index, self.prompt_lengths, self.columns = chosen.index, step.counts, step.tokens
+        self.overflow = torch.zeros(1, dtype=torch.int32, device=key.device)  # stays when the store moves
         self._store(key, value, chosen.index, chosen.counts)
         if self.silent is not None:  # once: a copy from the host at every step could not be captured
             self.silent = self.silent.to(key.device)
@@ -211,7 +212,6 @@ class RaggedLayer(CacheLayerMixin):
         self.capacity = torch.as_tensor(capacity, dtype=torch.int32, device=device)
         self.longest = int(capacity.max())
         self.stride = int(capacity[0, 0]) if (capacity == capacity[0, 0]).all() else None
-        self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
 
     def _relayout(self, sequences: Tensor | None, room: int | None = None) -> None:
         """Copy the segments of `sequences` (all when None) into a fresh store, with `room` for new tokens."""
@@ -357,9 +357,10 @@ class RaggedCache(Cache):
 
     def check_overflow(self) -> None:
         """Raise if any append found its segment full (one host synchronisation; not for the decode loop)."""
-        for layer in self.layers:
-            if layer.is_initialized and int(layer.overflow):
-                raise RuntimeError(f"Layer {layer.layer_idx} of the KV cache ran out of room for new tokens.")
+        flags = [layer.overflow for layer in self.layers if layer.is_initialized]
+        full = torch.cat([flag.to(flags[0].device) for flag in flags]).nonzero().flatten().tolist() if flags else []
+        if full:
+            raise RuntimeError(f"Layer {full[0]} of the KV cache ran out of room for new tokens.")
 
     def _filled(self, layer_idx: int) -> RaggedLayer:
         layer = self.layers[layer_idx]

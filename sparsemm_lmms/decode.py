@@ -163,7 +163,7 @@ class DecodeLoop:
         self.decoder, self.model, self.do_sample = decoder, model, config.do_sample
         self.cache: RaggedCache = outputs.past_key_values
         self.processors = logits_processor
-        self.criteria = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+        criteria = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
         self.batch, self.columns = input_ids.shape
         self.length = self.columns  # columns of `ids` that are filled, as the host counts
         self.max_length = stopping_criteria.max_length or 0
@@ -180,7 +180,8 @@ class DecodeLoop:
         self.finished = torch.zeros(self.batch, dtype=torch.bool, device=device)
         self.live = torch.zeros(1, dtype=torch.int64, device=device)
         # A criterion that only looks on (a clock) does not care about steps that are taken back.
-        watching = self.watching = [c for c in self.criteria if not getattr(c, "only_looks_on", False)]
+        self.onlookers = [c for c in criteria if getattr(c, "only_looks_on", False)]
+        watching = self.watching = [c for c in criteria if c not in self.onlookers]
         moving = [p for p in self.processors if type(p) not in STATIC_PROCESSORS]
         self.whole = not moving and not watching and decoder.streamer is None
         if not self.whole and device.type == "cuda":
@@ -269,9 +270,11 @@ class DecodeLoop:
         self.length += 1
         if self.decoder.streamer is not None:
             self.decoder.streamer.put(self.token[:, 0].cpu())
-        if self.criteria:
-            ids = self._seen() if self.watching else self.ids[:, : self.length]
-            for criterion in self.criteria:
+        for onlooker in self.onlookers:
+            onlooker(self.ids[:, : self.length], None)
+        if self.watching:
+            ids = self._seen()
+            for criterion in self.watching:
                 self.finished |= criterion(ids, None)
 
     def _seen(self) -> Tensor:

@@ -22,6 +22,7 @@ class StepClock(StoppingCriteria):
         self.device, self.steps = device, 0
         self.first: float | None = None
         self.last = 0.0
+        self.never: Tensor | None = None
         self._wait()
         self.start = time.perf_counter()
 
@@ -30,7 +31,9 @@ class StepClock(StoppingCriteria):
             self._wait()
             self.first = time.perf_counter()
         self.steps += 1
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        if self.never is None:  # once: a decode step allocates nothing
+            self.never = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return self.never
 
     def stop(self) -> None:
         """Call when `generate` has returned."""
