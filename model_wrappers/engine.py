@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BatchFeature, StoppingCriteriaList
 
 from .. import decode
-from ..cache import RaggedCache
+from ..cache import CACHE_NAME, RaggedCache
 from ..decode_graph import check_mode
 from ..session import CompressionSession
 from .generation import GenerationSettings, StepClock
@@ -216,7 +216,7 @@ class Engine:
             cuda_graph=self.cuda_graph,
             **inputs,
             **settings.for_generate(),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             eos_token_id=self.eos,
             pad_token_id=self.pad,
             stopping_criteria=StoppingCriteriaList([clock]),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cache import CACHE_NAME
 from ..session import CompressionSession
 from .engine import Answer, Batch, Conversation, Engine, Prompt, kept_tokens, measured
 from .generation import StepClock
@@ -124,7 +125,7 @@ def _score_rows(
         input_ids=ids,
         attention_mask=torch.cat([parts.mask, real.long()], 1),
         position_ids=positions,
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
     )
     cache.take_back(width, counts)
     before = out.logits.roll(1, dims=1)  # the logits that predict each column

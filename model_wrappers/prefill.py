@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import RaggedCache
+from ..cache import CACHE_NAME, RaggedCache
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
 
@@ -73,8 +73,8 @@ def run(model: Any, cache: RaggedCache, parts: Parts, count: int) -> Tensor:
             input_ids=parts.ids[:, begin:end],
             attention_mask=parts.mask[:, :end],
             position_ids=parts.positions[..., begin:end],
-            past_key_values=cache,
             logits_to_keep=1,
+            **{CACHE_NAME: cache},
             **vision,
         )
         begin, vision = end, {}

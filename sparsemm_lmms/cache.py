@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .kernels import append, evict, ragged_decode
 from .methods import Method
 from .selection import reselect, select
 
+OLD_CACHE_NAME = "past_key_values"  # of a model's argument and output until transformers 5.23, an alias since
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else OLD_CACHE_NAME
 DEFAULT_ROOM = 128  # tokens that a segment can take up when the caller does not say how many are to come
 _handoff = threading.local()  # the layer whose `update` ran last: attention follows it in the same layer
 

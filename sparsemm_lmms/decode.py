@@ -20,7 +20,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.utils import ModelOutput
 
 from .attention import PREFIX
-from .cache import RaggedCache
+from .cache import CACHE_NAME, RaggedCache
 from .decode_graph import CudaGraph, Graph, Replay, check_mode, say_once, uncapturable
 
 CHECK_EVERY = 8  # steps between two looks at "all ended" on CUDA; up to 15 steps too many are taken back
@@ -121,7 +121,7 @@ class Decoder:
             self.streamer.end()
         if not generation_config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=loop.cache)  # type: ignore[arg-type]
+        return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: loop.cache})  # type: ignore[arg-type]
 
 
 def _static_loop_cannot(
@@ -161,7 +161,7 @@ class DecodeLoop:
         config: Any,
     ) -> None:
         self.decoder, self.model, self.do_sample = decoder, model, config.do_sample
-        self.cache: RaggedCache = outputs.past_key_values
+        self.cache: RaggedCache = getattr(outputs, CACHE_NAME)
         self.processors = logits_processor
         criteria = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
         self.batch, self.columns = input_ids.shape

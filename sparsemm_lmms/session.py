@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from . import decode
 from .attention import PREFIX, register
-from .cache import RaggedCache
+from .cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache
 from .config import CompressionConfig
 from .head_scores import HeadScores
 from .methods import METHODS, Model
@@ -53,33 +53,35 @@ class CompressionSession:
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        if OLD_CACHE_NAME in kwargs and CACHE_NAME not in kwargs:
+            kwargs = {CACHE_NAME if key == OLD_CACHE_NAME else key: value for key, value in kwargs.items()}
+        cache, ids = kwargs.get(CACHE_NAME), kwargs.get("input_ids")
         if ids is not None and ids.shape[1] == 1 and isinstance(cache, RaggedCache) and cache is self.cache:
             if cache.get_seq_length() and cache.method is self.method and kwargs.get("use_cache", True):
                 cache.begin(1, ids.shape[0], None, ids.device)  # a decode step: nothing to look up
                 return args, kwargs
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given.update(given.pop(self._rest, {}))
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE_NAME)
         if given.get("use_cache") is False:
             raise ValueError("A model under sparsemm_lmms.compress needs use_cache=True.")
         if not isinstance(cache, RaggedCache):
             if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
                 raise ValueError(
-                    f"past_key_values is a filled {type(cache).__name__}; under sparsemm_lmms.compress pass the cache "
+                    f"{CACHE_NAME} is a filled {type(cache).__name__}; under sparsemm_lmms.compress pass the cache "
                     "of session.new_cache() or none."
                 )
             cache = self.new_cache()
         elif cache.method is not self.method:
-            raise ValueError("past_key_values belongs to another compression session; call session.new_cache().")
+            raise ValueError(f"{CACHE_NAME} belongs to another compression session; call session.new_cache().")
         self.cache = cache
         inputs = given["inputs_embeds"] if given.get("inputs_embeds") is not None else given.get("input_ids")
         if inputs is None:
             raise ValueError("The forward pass has neither input_ids nor inputs_embeds.")
         cache.begin(inputs.shape[1], inputs.shape[0], given.get("attention_mask"), inputs.device)
-        if "past_key_values" in kwargs or len(args) <= list(self._signature.parameters).index("past_key_values"):
-            return args, {**kwargs, "past_key_values": cache}
-        position = list(self._signature.parameters).index("past_key_values")
+        position = list(self._signature.parameters).index(CACHE_NAME)
+        if CACHE_NAME in kwargs or len(args) <= position:
+            return args, {**kwargs, CACHE_NAME: cache}
         return (*args[:position], cache, *args[position + 1 :]), kwargs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from sparsemm_lmms import decode
-from sparsemm_lmms.cache import RaggedCache, RaggedLayer
+from sparsemm_lmms.cache import CACHE_NAME, RaggedCache, RaggedLayer
 from sparsemm_lmms.config import CompressionConfig, unknown_name
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import METHODS
@@ -106,7 +106,7 @@ def generate(
     with switched_on(model, variant, budget) as session:
         given: dict[str, Any] = {}
         if session is not None:
-            given["past_key_values"] = session.new_cache(new_tokens)
+            given[CACHE_NAME] = session.new_cache(new_tokens)
         elif variant.name == "stock-static":
             given = {"cache_implementation": "static", "disable_compile": device.type != "cuda" and not compiled}
         common = dict(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
@@ -115,7 +115,7 @@ def generate(
         clock = StepClock(device)
         out = make(**more, **inputs, **common, **given, stopping_criteria=StoppingCriteriaList([clock]))
         clock.stop()
-    kv = kv_bytes(out.past_key_values, inputs["input_ids"].shape[1], new_tokens)
+    kv = kv_bytes(out[CACHE_NAME], inputs["input_ids"].shape[1], new_tokens)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Run(clock.ttft, clock.tpot, *kv, peak, out.sequences[:, inputs["input_ids"].shape[1] :].cpu())
 

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from sparsemm_lmms import CompressionConfig, compress
 from sparsemm_lmms import cache as cache_module
 from sparsemm_lmms import decode as decode_module
+from sparsemm_lmms.cache import CACHE_NAME
 from sparsemm_lmms.decode import DecodeLoop, Decoder, EndCheck
 from sparsemm_lmms.decode_graph import Replay, check_mode, say_once, uncapturable
 from sparsemm_lmms.kernels.backend import interpreted
@@ -75,7 +76,7 @@ def both(model, session, inputs, decoder, room=4, seed=0, **kwargs):
         torch.manual_seed(seed)
         cache = session.new_cache(room)
         kwargs |= {} if custom is None else {"custom_generate": custom}
-        tokens = model.generate(**inputs, **{"do_sample": False} | kwargs, past_key_values=cache)
+        tokens = model.generate(**inputs, **{"do_sample": False} | kwargs, **{CACHE_NAME: cache})
         report = cache.report()
         lengths = [layer.length.tolist() for layer in cache.layers]
         counts = [(layer.seen, layer.appended) for layer in cache.layers]
@@ -190,7 +191,7 @@ def test_processors_and_criteria_of_users(loaded, form, said):
             bias, stop = Biased(), StopsRows(inputs["input_ids"].shape[1])
             tokens = model.generate(
                 **inputs, **custom, max_new_tokens=40, do_sample=False, repetition_penalty=1.3, no_repeat_ngram_size=2,
-                logits_processor=[bias], stopping_criteria=[stop], past_key_values=session.new_cache(3),
+                logits_processor=[bias], stopping_criteria=[stop], **{CACHE_NAME: session.new_cache(3)},
                 eos_token_id=NEVER,
             )  # fmt: skip
             results.append(tokens)
@@ -219,7 +220,7 @@ def test_streamer_stop_strings_and_dictionaries(loaded):
         assert torch.equal(stopped, session.generate(**inputs, **common, **stop))
         assert stopped.shape[1] < tokens.shape[1]
         result = session.generate(**inputs, **common, return_dict_in_generate=True)
-        assert torch.equal(result.sequences, tokens) and result.past_key_values is session.cache
+        assert torch.equal(result.sequences, tokens) and result[CACHE_NAME] is session.cache
 
 
 def test_a_later_turn_on_the_same_cache(loaded):
@@ -233,7 +234,7 @@ def test_a_later_turn_on_the_same_cache(loaded):
         end = int(free[0, inputs["input_ids"].shape[1] + 4])
         for custom in (None, Decoder(check_every=4)):
             cache = session.new_cache(3)
-            common = dict(do_sample=False, past_key_values=cache, custom_generate=custom)
+            common = dict(do_sample=False, **{CACHE_NAME: cache}, custom_generate=custom)
             first = model.generate(**inputs, **common, max_new_tokens=30, eos_token_id=end)
             ids = torch.cat([first, later], dim=1)
             more = {"mm_token_type_ids": torch.zeros_like(ids)} if "mm_token_type_ids" in inputs else {}
@@ -262,7 +263,7 @@ def test_a_step_neither_waits_nor_moves_anything(loaded, monkeypatch):
         torch.manual_seed(0)
         model.generate(
             **inputs, max_new_tokens=10, do_sample=True, top_k=9, top_p=0.9, custom_generate=decoder,
-            past_key_values=session.new_cache(16), eos_token_id=7,
+            **{CACHE_NAME: session.new_cache(16)}, eos_token_id=7,
         )  # fmt: skip
     assert loops[0].whole and decoder.graph.captures == 1 and len(addresses) == 8
     assert all(row == addresses[0] for row in addresses)
@@ -291,7 +292,7 @@ def test_launches_do_not_depend_on_the_step(loaded, monkeypatch):
     monkeypatch.setattr(cache_module, "ragged_decode", noted_decode)
     with compress(model, settings("replayed"), scores_for("sparsemm")) as session:
         hook = model.register_forward_pre_hook(lambda *_: steps.append([]))
-        model.generate(**inputs, max_new_tokens=9, do_sample=False, past_key_values=session.new_cache(16))
+        model.generate(**inputs, max_new_tokens=9, do_sample=False, **{CACHE_NAME: session.new_cache(16)})
         hook.remove()
     assert len(steps) == 9 and len(steps[1]) >= 3 * tiny.LAYERS and all(step == steps[1] for step in steps[1:])
 
@@ -354,11 +355,11 @@ def test_reasons_known_before_a_capture(loaded):
     model, processor = loaded
     inputs = encode(processor, PROMPTS[:1])
     with torch.no_grad(), compress(model, settings("called", "fullkv")) as session:
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE_NAME]
         assert "kernel_backend=torch" in uncapturable(model, cache)
     with torch.no_grad(), compress(model, settings("replayed", "fullkv")) as session:
         decoder_for("replayed")
-        cache = model(**inputs, past_key_values=session.new_cache()).past_key_values
+        cache = model(**inputs, **{CACHE_NAME: session.new_cache()})[CACHE_NAME]
         assert uncapturable(model, cache) is None
         handle = model.lm_head.register_forward_hook(lambda *_: None)
         assert "module lm_head has forward hooks" in uncapturable(model, cache)
@@ -372,7 +373,7 @@ def test_a_cache_that_moved_is_noticed(loaded):
     model, processor = loaded
     inputs = encode(processor, PROMPTS[:1])
     with torch.no_grad(), compress(model, settings("called", "fullkv")) as session:
-        cache = model(**inputs, past_key_values=session.new_cache(4)).past_key_values
+        cache = model(**inputs, **{CACHE_NAME: session.new_cache(4)})[CACHE_NAME]
 
         class Nothing:
             def capture(self, step): ...
@@ -398,7 +399,7 @@ def test_a_segment_without_room_is_an_error(loaded, monkeypatch):
         cache = session.new_cache(3)
         monkeypatch.setattr(type(cache.layers[0]), "reserve", lambda self, tokens: None)
         with pytest.raises(RuntimeError, match="ran out of room"):
-            session.generate(**inputs, max_new_tokens=NEW, do_sample=False, past_key_values=cache, eos_token_id=NEVER)
+            session.generate(**inputs, max_new_tokens=NEW, do_sample=False, **{CACHE_NAME: cache}, eos_token_id=NEVER)
 
 
 @pytest.mark.parametrize("every", [2, 3, 8])

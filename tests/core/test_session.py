@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from sparsemm_lmms import CompressionConfig, HeadScores, RaggedCache, compress
+from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME
 from sparsemm_lmms.methods import METHODS
 from tests.wrappers import tiny
 
@@ -111,8 +112,8 @@ def test_decode_equals_masked_attention(loaded, method):
         compress(model, CompressionConfig(method=method, budget=12, **SMALL), scores_for(method)) as s,
     ):
         first = model(**inputs)
-        cache, token = first.past_key_values, first.logits[:, -1:].argmax(-1)
-        got = model(input_ids=token, past_key_values=cache).logits
+        cache, token = first[CACHE_NAME], first.logits[:, -1:].argmax(-1)
+        got = model(input_ids=token, **{CACHE_NAME: cache}).logits
         kept = [s.cache.kept_positions(layer)[0] for layer in range(tiny.LAYERS)]
     assert torch.allclose(got, _masked_step(model, inputs, token, kept), atol=2e-4)
 
@@ -126,7 +127,7 @@ def _masked_step(model, inputs, token, kept):
     model.set_attn_implementation("eager")
     hooks = []
     try:
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE_NAME]
         for layer, rows in zip(_decoder_layers(model), kept, strict=True):
             hidden = torch.full((1, text.num_attention_heads, 1, prompt + 1), float("-inf"))
             for head in range(text.num_attention_heads):
@@ -138,7 +139,7 @@ def _masked_step(model, inputs, token, kept):
                     with_kwargs=True,
                 )
             )
-        return model(input_ids=token, past_key_values=cache).logits
+        return model(input_ids=token, **{CACHE_NAME: cache}).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -156,14 +157,14 @@ def test_second_prompt_on_a_filled_cache(loaded, budget):
     inputs = encode(processor, PROMPTS[:1])
     later = processor.tokenizer("And the third?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        stock = model(input_ids=later, past_key_values=model(**inputs).past_key_values).logits
+        stock = model(input_ids=later, **{CACHE_NAME: model(**inputs)[CACHE_NAME]}).logits
         with compress(model, CompressionConfig(method="snapkv", budget=budget, **SMALL)) as session:
             first = model(**inputs)
-            together = model(input_ids=later, past_key_values=first.past_key_values).logits
+            together = model(input_ids=later, **{CACHE_NAME: first[CACHE_NAME]}).logits
             assert session.cache.get_seq_length() == inputs["input_ids"].shape[1] + later.shape[1]
-            cache, steps = model(**inputs).past_key_values, []
+            cache, steps = model(**inputs)[CACHE_NAME], []
             for i in range(later.shape[1]):
-                steps.append(model(input_ids=later[:, i : i + 1], past_key_values=cache))
+                steps.append(model(input_ids=later[:, i : i + 1], **{CACHE_NAME: cache}))
     one_by_one = torch.cat([step.logits for step in steps], dim=1)
     assert torch.allclose(together, one_by_one, atol=2e-4)
     assert torch.allclose(together, stock, atol=2e-4) == (budget == 10_000)
@@ -187,10 +188,10 @@ def test_compressed_again_is_compressed_at_once(loaded, method):
             model(**whole)
             at_once = [session.cache.kept_positions(layer)[0] for layer in range(tiny.LAYERS)]
             cache = session.new_cache(max_new_tokens=2)
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE_NAME: cache})
             before = cache.report()["kv_bytes_full"]
             cache.compress_next = True
-            model(input_ids=later, past_key_values=cache)
+            model(input_ids=later, **{CACHE_NAME: cache})
             again = [cache.kept_positions(layer)[0] for layer in range(tiny.LAYERS)]
             report, kept = cache.report(), cache.kept_per_head()
             assert report["prompt_tokens"] == cache.get_seq_length() == first + later.shape[1] or method == "fullkv"
@@ -202,9 +203,9 @@ def test_compressed_again_is_compressed_at_once(loaded, method):
             for one, other in zip(at_once, again, strict=True):
                 assert [row.tolist() for row in one] == [row.tolist() for row in other]
             token = torch.tensor([[5]])
-            after = model(input_ids=token, past_key_values=cache).logits
+            after = model(input_ids=token, **{CACHE_NAME: cache}).logits
             model(**whole)
-            assert torch.allclose(after, model(input_ids=token, past_key_values=session.cache).logits, atol=2e-4)
+            assert torch.allclose(after, model(input_ids=token, **{CACHE_NAME: session.cache}).logits, atol=2e-4)
 
 
 @pytest.mark.parametrize("method", ["snapkv", "sparsemm", "fullkv"])
@@ -216,14 +217,14 @@ def test_tokens_taken_back_leave_no_trace(loaded, method):
     token = torch.full((len(PROMPTS), 1), 7)
     with torch.no_grad(), compress(model, config, scores_for(method)) as session:
         cache = session.new_cache(max_new_tokens=2)
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_NAME: cache})
         mask = inputs["attention_mask"]
 
         def run(ids, new):
             whole = torch.cat([mask, new], 1)
             at = (whole.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             at = at.expand(3, -1, -1) if "mm_token_type_ids" in inputs else at
-            return model(input_ids=ids, attention_mask=whole, position_ids=at, past_key_values=cache).logits
+            return model(input_ids=ids, attention_mask=whole, position_ids=at, **{CACHE_NAME: cache}).logits
 
         def step():
             logits = run(token, torch.ones_like(token))
@@ -237,8 +238,8 @@ def test_tokens_taken_back_leave_no_trace(loaded, method):
         cache.take_back(5, new.sum(1).int())
         assert cache.get_seq_length() == seen and torch.equal(step(), before)
 
-        model(**inputs, past_key_values=(cache := session.new_cache()))
-        model(input_ids=token[:, :1], past_key_values=cache)
+        model(**inputs, **{CACHE_NAME: (cache := session.new_cache())})
+        model(input_ids=token[:, :1], **{CACHE_NAME: cache})
         cache.take_back(1 + SMALL["window_size"] - 1)
         assert cache.get_seq_length() == seen - 3
         if method != "fullkv":
@@ -252,10 +253,10 @@ def test_only_one_conversation_is_compressed_again(loaded):
     inputs = encode(processor, PROMPTS)
     config = CompressionConfig(method="snapkv", budget=12, **SMALL)
     with torch.no_grad(), compress(model, config) as session:
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE_NAME]
         cache.compress_next = True
         with pytest.raises(ValueError, match="one conversation at a time"):
-            model(input_ids=torch.full((len(PROMPTS), 2), 7), past_key_values=cache)
+            model(input_ids=torch.full((len(PROMPTS), 2), 7), **{CACHE_NAME: cache})
         assert session.cache is cache
 
 
@@ -277,7 +278,7 @@ def test_assisted_decoding_is_refused(loaded):
         with pytest.raises(ValueError, match="[Aa]ssisted"):
             generate(model, inputs, prompt_lookup_num_tokens=3)
         with pytest.raises(ValueError, match="[Aa]ssisted"):
-            generate(model, inputs, prompt_lookup_num_tokens=3, past_key_values=session.new_cache())
+            generate(model, inputs, prompt_lookup_num_tokens=3, **{CACHE_NAME: session.new_cache()})
 
 
 def test_more_tokens_than_planned(loaded):
@@ -286,8 +287,8 @@ def test_more_tokens_than_planned(loaded):
     inputs = encode(processor, PROMPTS)
     config = CompressionConfig(method="adakv", budget=9, **SMALL)
     with compress(model, config) as session:
-        roomy = generate(model, inputs, 30, past_key_values=session.new_cache(max_new_tokens=64))
-        tight = generate(model, inputs, 30, past_key_values=session.new_cache(max_new_tokens=1))
+        roomy = generate(model, inputs, 30, **{CACHE_NAME: session.new_cache(max_new_tokens=64)})
+        tight = generate(model, inputs, 30, **{CACHE_NAME: session.new_cache(max_new_tokens=1)})
         assert torch.equal(roomy, tight)
         session.cache.check_overflow()
 
@@ -298,7 +299,7 @@ def test_bytes_equal_the_formula(loaded, method):
     inputs = encode(processor, PROMPTS)
     room, new_tokens = 20, 6
     with compress(model, CompressionConfig(method=method, budget=11, **SMALL), scores_for(method)) as session:
-        generate(model, inputs, new_tokens, past_key_values=session.new_cache(max_new_tokens=room))
+        generate(model, inputs, new_tokens, **{CACHE_NAME: session.new_cache(max_new_tokens=room)})
         report, layers = session.cache.report(), session.cache.layers
     text = model.config.get_text_config()
     head_dim, heads = text.hidden_size // text.num_attention_heads, text.num_key_value_heads
@@ -332,7 +333,7 @@ def test_no_full_keys_survive_the_prefill(loaded):
         cache = session.new_cache(4)
         for layer in cache.layers:
             layer.update = watch(layer.update)
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_NAME: cache})
         full = 2 * inputs["input_ids"].shape[1]
         for layer in cache.layers:
             assert layer.keys.shape[0] < full * model.config.get_text_config().num_key_value_heads / 2
@@ -380,10 +381,28 @@ def test_refusals(loaded):
             model(**{**inputs, "attention_mask": inputs["attention_mask"].flip(1)})
         with pytest.raises(ValueError, match="empty"):
             session.new_cache().report()
-        stale = generate(model, inputs, 2, return_dict_in_generate=True).past_key_values
+        stale = generate(model, inputs, 2, return_dict_in_generate=True)[CACHE_NAME]
     assert isinstance(stale, RaggedCache)
     with compress(model, config), pytest.raises(ValueError, match="another"):
-        model(**inputs, past_key_values=stale)
+        model(**inputs, **{CACHE_NAME: stale})
+
+
+@pytest.mark.parametrize("name", sorted({CACHE_NAME, OLD_CACHE_NAME}))
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_both_names_of_the_cache(loaded, name):
+    """transformers 5.24 renamed the argument; code that was written before goes on working under compression."""
+    model, processor = loaded
+    inputs = encode(processor, PROMPTS[:1])
+    with torch.no_grad(), compress(model, CompressionConfig(method="snapkv", budget=12, **SMALL)) as session:
+        cache = session.new_cache(4)
+        model(**inputs, **{name: cache})
+        seen = cache.get_seq_length()
+        assert session.cache is cache and seen == inputs["input_ids"].shape[1]
+        model(input_ids=inputs["input_ids"][:, -1:], **{name: cache})
+        assert session.cache is cache and cache.get_seq_length() == seen + 1
+        fresh = session.new_cache(4)
+        assert generate(model, inputs, 3, **{name: fresh}).shape[1] == seen + 3
+        assert session.cache is fresh and fresh.get_seq_length() == seen + 2
 
 
 def test_sliding_window_models_are_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparsemm_lmms.cache import CACHE_NAME
 from sparsemm_lmms.scoring import attention
 from sparsemm_lmms.scoring.attention import Watcher, watch
 
@@ -82,7 +83,7 @@ def test_decoding_sees_the_cache(model):
             model(
                 input_ids=ids[:, step : step + 1],
                 attention_mask=mask[:, : step + 1],
-                past_key_values=first.past_key_values,
+                **{CACHE_NAME: first[CACHE_NAME]},
                 **{k: v[:, step : step + 1] for k, v in position.items()},
             )
             for layer in range(3):

@@ -15,6 +15,7 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.tasks import TaskManager
 
 from sparsemm_lmms import CompressionConfig, HeadScores, compress
+from sparsemm_lmms.cache import CACHE_NAME
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.engine import Engine
 from sparsemm_lmms.model_wrappers.likelihood import Likelihood, read_document, score
@@ -109,13 +110,13 @@ def _step_by_step(engine: Engine, session: Any, document: Any, answer: list[int]
     """A fresh prefill without our positions, then one token at a time."""
     engine.model.model.rope_deltas = None  # transformers keeps those of the prompt before when a prompt has no image
     inputs = engine.batch_inputs([document.prompt])
-    out = engine.model(**inputs, past_key_values=session.new_cache(4))
-    cache, losses, greedy = out.past_key_values, [], True
+    out = engine.model(**inputs, **{CACHE_NAME: session.new_cache(4)})
+    cache, losses, greedy = out[CACHE_NAME], [], True
     for token in answer:
         logits = out.logits[0, -1].log_softmax(-1)
         losses.append(-logits[token].item())
         greedy &= int(logits.argmax()) == token
-        out = engine.model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+        out = engine.model(input_ids=torch.tensor([[token]]), **{CACHE_NAME: cache})
     return sum(losses) / len(losses), greedy
 
 

@@ -14,6 +14,7 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.tasks import TaskManager
 
 from sparsemm_lmms import CompressionConfig, HeadScores, compress
+from sparsemm_lmms.cache import CACHE_NAME
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.engine import Engine
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
@@ -92,13 +93,13 @@ def test_later_prompts_see_what_was_kept_and_themselves(engine: Engine, method: 
     scores = HeadScores.random(3, 4, seed=1) if METHODS[method].needs_head_scores else None
     with compress(engine.model, CompressionConfig(**config), scores) as session:
         inputs = engine.batch_inputs([engine.prompt(TALK[0])])
-        engine.model.generate(**inputs, max_new_tokens=1, past_key_values=session.new_cache(), do_sample=False)
+        engine.model.generate(**inputs, max_new_tokens=1, **{CACHE_NAME: session.new_cache()}, do_sample=False)
         for column in range(inputs["input_ids"].shape[1], len(dialogue.ids)):
             whole = torch.tensor([dialogue.ids[: column + 1]])
             tokens = engine.model.generate(
                 input_ids=whole,
                 attention_mask=torch.ones_like(whole),
-                past_key_values=session.cache,
+                **{CACHE_NAME: session.cache},
                 do_sample=False,
                 max_new_tokens=7 if column + 1 == len(dialogue.ids) else 1,
             )
