@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .kernels import append, evict, ragged_decode
+from .kernels import append, evict, ragged_decode, store_places
 from .methods import Method
 from .selection import reselect, select
 
@@ -67,6 +67,7 @@ class RaggedLayer(CacheLayerMixin):
         self.start = self.length = self.capacity = self.overflow = self.index = torch.empty(0, dtype=torch.int32)
         self.kept: np.ndarray = np.zeros((0, 0), dtype=np.int64)
         self.stride: int | None = None  # rows from one segment to the next, when all have the same capacity
+        self.places: Tensor | None = None  # where each row of a small store belongs, on a CPU
         self.prompt_lengths: tuple[int, ...] = ()
         self.longest = 0  # rows of the largest segment: picks launches, and is the same at every step of a layout
         self.columns = self.seen = self.appended = 0
@@ -143,7 +144,8 @@ class RaggedLayer(CacheLayerMixin):
         new = key.to(self.keys.dtype), value.to(self.values.dtype)
         new_count = None if step.new_count is None else step.new_count.to(key.device)
         store = self.keys, self.values, self.start, self.length
-        append(*store, self.capacity, *new, self.overflow, new_count, backend=backend)
+        checked = tokens == 1 and self.checked
+        append(*store, self.capacity, *new, self.overflow, new_count, checked=checked, backend=backend)
         self.appended += tokens
         output = ragged_decode(
             query,
@@ -152,8 +154,11 @@ class RaggedLayer(CacheLayerMixin):
             new_count=new_count,
             max_length=self.longest,
             uniform_stride=self.stride,
+            places=self.places,
+            checked=checked,
             backend=backend,
         )
+        self.checked = tokens == 1
         if step.compress:
             self._compress_again(query, scaling)
         return output
@@ -209,11 +214,14 @@ class RaggedLayer(CacheLayerMixin):
         slots, dim, device = int(ends[-1, -1]), like.shape[-1], like.device
         if slots >= 2**31:
             raise ValueError(f"{slots} cache slots in one layer exceed int32 addressing; lower batch_size or budget.")
-        self.keys = torch.empty(slots, dim, dtype=like.dtype, device=device)
-        self.values = torch.empty(slots, dim, dtype=like.dtype, device=device)
+        make = torch.empty if like.is_cuda else torch.zeros  # zeros: see `places` of ragged_decode
+        self.keys, self.values = (make(slots, dim, dtype=like.dtype, device=device) for _ in range(2))
         self.start = torch.as_tensor(ends - capacity, dtype=torch.int32, device=device)
         self.capacity = torch.as_tensor(capacity, dtype=torch.int32, device=device)
         self.longest = int(capacity.max())
+        self.checked = False  # whether a decode step on this store had its arguments checked
+        heads = self.method.model.q_heads
+        self.places = store_places(self.start, self.capacity, slots, heads, dim)
         self.stride = int(capacity[0, 0]) if (capacity == capacity[0, 0]).all() else None
 
     def _relayout(self, sequences: Tensor | None, room: int | None = None) -> None:
@@ -270,7 +278,10 @@ class RaggedCache(Cache):
         Raises:
             ValueError: for a mask that is not `[batch, seen + tokens]` or that pads on the right.
         """
-        self.step = _read_step(tokens, batch, attention_mask, self.get_seq_length(), device)
+        seen = self.get_seq_length()
+        if tokens == 1 and seen and not self.compress_next and self.step == Step((1,) * batch, 1):
+            return  # one more token for every sequence, which is never padding: every layer knows
+        self.step = _read_step(tokens, batch, attention_mask, seen, device)
         if self.compress_next:
             if batch != 1 or self.step.new_count is not None:
                 raise ValueError("Only one conversation at a time, without padding, can be compressed again.")

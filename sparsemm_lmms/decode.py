@@ -255,7 +255,8 @@ class DecodeLoop:
             token = (weights / torch.empty_like(weights).exponential_(1)).argmax(-1)
         else:
             token = scores.argmax(-1)
-        self.live += ~self.finished.all()
+        if self.can_end:
+            self.live += ~self.finished.all()
         if self.pad is not None:
             token = torch.where(self.finished, self.pad, token)
         if self.eos is not None:
@@ -295,7 +296,7 @@ class DecodeLoop:
     def _finish(self) -> Tensor:
         """Take back what ran after the last sequence had ended."""
         self.cache.check_overflow()
-        length = self.columns + int(self.live)
+        length = self.columns + int(self.live) if self.can_end else self.length
         if length < self.length:
             self.cache.take_back(self.length - length)
         return self.ids[:, :length].clone()

@@ -3,7 +3,7 @@
 from .append import append
 from .backend import resolve_backend
 from .evict import evict
-from .ragged_decode import ragged_decode
+from .ragged_decode import ragged_decode, store_places
 from .window_score import window_score
 
-__all__ = ["append", "evict", "ragged_decode", "resolve_backend", "window_score"]
+__all__ = ["append", "evict", "ragged_decode", "resolve_backend", "store_places", "window_score"]

@@ -94,6 +94,7 @@ def append(
     overflow: torch.Tensor,
     new_count: torch.Tensor | None = None,
     *,
+    checked: bool = False,
     backend: str = "auto",
 ) -> None:
     """Write new tokens behind the valid rows of every segment and grow the lengths, in place.
@@ -108,6 +109,7 @@ def append(
             synchronises anyway.
         new_count: int32 `[batch]`: the new tokens are LEFT padded and only the last `new_count[b]` are written. A
             count outside 0..tokens counts as an overflow.
+        checked: the arguments are alike to those of a call before, so they need no checks.
 
     No host synchronisation and no allocation on the triton path: safe inside a CUDA graph.
 
@@ -118,17 +120,9 @@ def append(
     >>> length.item(), keys[:, 0].tolist()
     (3, [0.0, 1.0, 1.0, 0.0])
     """
-    check_rows("new_keys", new_keys)
-    check_rows("new_values", new_values)
-    check_same("new_keys and new_values", new_keys, new_values)
-    batch, heads, tokens, head_dim = new_keys.shape
-    check_store(keys, values, head_dim, new_keys.dtype)
-    for name, tensor in (("start", start), ("length", length), ("capacity", capacity)):
-        check_int32(name, tensor, (batch, heads))
-    check_int32("overflow", overflow, (1,))
-    if new_count is not None:
-        check_int32("new_count", new_count, (batch,))
-    check_device(keys, values, start, length, capacity, new_keys, new_values, overflow, new_count)
+    if not checked:
+        _check(keys, values, start, length, capacity, new_keys, new_values, overflow, new_count)
+    heads, tokens, head_dim = new_keys.shape[1:]
     if new_keys.numel() == 0:
         return
     if resolve_backend(backend, keys) == "torch":
@@ -136,7 +130,7 @@ def append(
         return
     block_t = 1 if tokens == 1 else 32
     with on_device_of(keys):
-        _append_kernel[(batch * heads,)](
+        _append_kernel[(length.numel(),)](
             bits(keys),
             bits(values),
             start,
@@ -156,6 +150,30 @@ def append(
             BLOCK_T=block_t,
             num_warps=1 if block_t == 1 else 4,  # a decode step moves one row: one warp starts fastest
         )
+
+
+def _check(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    capacity: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    overflow: torch.Tensor,
+    new_count: torch.Tensor | None,
+) -> None:
+    check_rows("new_keys", new_keys)
+    check_rows("new_values", new_values)
+    check_same("new_keys and new_values", new_keys, new_values)
+    batch, heads, _, head_dim = new_keys.shape
+    check_store(keys, values, head_dim, new_keys.dtype)
+    for name, tensor in (("start", start), ("length", length), ("capacity", capacity)):
+        check_int32(name, tensor, (batch, heads))
+    check_int32("overflow", overflow, (1,))
+    if new_count is not None:
+        check_int32("new_count", new_count, (batch,))
+    check_device(keys, values, start, length, capacity, new_keys, new_values, overflow, new_count)
 
 
 def append_torch(

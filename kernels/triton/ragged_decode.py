@@ -28,6 +28,7 @@ MAX_ITEMS = 4096  # every program sums the tiles of all items: beyond this the s
 ITEMS = 256  # items summed at once
 MERGE_PARTS = 16  # partial outputs merged at once
 FEW = 2**17  # numbers in padded keys that a CPU reads sooner than it sorts segments into groups
+WHOLE = 2**19  # products of all queries with all keys of a store that a CPU forms sooner than it copies segments
 
 
 class Plan(NamedTuple):
@@ -78,6 +79,8 @@ def ragged_decode(
     new_count: torch.Tensor | None = None,
     max_length: int | None = None,
     uniform_stride: int | None = None,
+    places: torch.Tensor | None = None,
+    checked: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention of t new tokens over their kv head's segment, `[batch, q_heads, t, head_dim]` in query's dtype.
@@ -98,14 +101,39 @@ def ragged_decode(
             the store (triton), or the true maximum (torch; on CUDA that synchronises).
         uniform_stride: a promise that segment (b, h) starts `uniform_stride` rows behind the previous one. The torch
             form then reads equally long segments in place, without gathering them; triton has no use for it.
+        places: the result of `store_places`, and a promise that all rows of the store hold finite numbers. The torch
+            form then reads a decode step's store as it is, without gathering segments; triton has no use for it.
+        checked: the arguments are alike to those of a call before, so they need no checks (a tenth of a small step).
 
     >>> store = torch.tensor([[0.0], [2.0], [4.0]])
     >>> start, length = torch.tensor([[1]], dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32)
     >>> ragged_decode(torch.zeros(1, 1, 1, 1), store, store, start, length, scaling=1.0)
     tensor([[[[3.]]]])
     """
+    if not checked:
+        _check(query, keys, values, start, length, new_count, max_length, uniform_stride)
+    if query.numel() == 0 or keys.shape[0] == 0 or max_length == 0:
+        return query.new_zeros(query.shape)
+    if resolve_backend(backend, query) == "torch":
+        return ragged_decode_torch(
+            query, keys, values, start, length, scaling, new_count, max_length, uniform_stride, places
+        )
+    longest = keys.shape[0] if max_length is None else min(max_length, keys.shape[0])
+    return _ragged_decode_triton(query, keys, values, start, length, scaling, new_count, longest)
+
+
+def _check(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    new_count: torch.Tensor | None,
+    max_length: int | None,
+    uniform_stride: int | None,
+) -> None:
     check_rows("query", query)
-    batch, q_heads, tokens, head_dim = query.shape
+    batch, q_heads, _, head_dim = query.shape
     check_store(keys, values, head_dim, query.dtype)
     if start.ndim != 2:
         raise ValueError(f"start must have shape [batch, kv_heads], got {tuple(start.shape)}")
@@ -121,12 +149,25 @@ def ragged_decode(
     if uniform_stride is not None and uniform_stride < 1:
         raise ValueError(f"uniform_stride must be positive, got {uniform_stride}")
     check_device(query, keys, values, start, length, new_count)
-    if query.numel() == 0 or keys.shape[0] == 0 or max_length == 0:
-        return query.new_zeros(query.shape)
-    if resolve_backend(backend, query) == "torch":
-        return ragged_decode_torch(query, keys, values, start, length, scaling, new_count, max_length, uniform_stride)
-    longest = keys.shape[0] if max_length is None else min(max_length, keys.shape[0])
-    return _ragged_decode_triton(query, keys, values, start, length, scaling, new_count, longest)
+
+
+def store_places(
+    start: torch.Tensor, capacity: torch.Tensor, slots: int, q_heads: int, head_dim: int
+) -> torch.Tensor | None:
+    """For `ragged_decode` on a CPU: which place each row of the store has in each segment.
+
+    Args:
+        start, capacity: int32 `[1, kv_heads]`, rows, of segments that lie apart.
+
+    Returns:
+        int32 `[kv_heads, slots]`: place of the row in the segment, or a number that no length reaches. None on CUDA,
+        for several sequences, and for a store so large that masked products of all heads with all rows (WHOLE) cost
+        more than copies of the segments.
+    """
+    if start.is_cuda or start.shape[0] > 1 or q_heads * slots * head_dim > WHOLE:
+        return None
+    place = torch.arange(slots, dtype=torch.int32) - start.view(-1, 1)
+    return place.masked_fill_((place < 0) | (place >= capacity.view(-1, 1)), torch.iinfo(torch.int32).max)
 
 
 def _ragged_decode_triton(
@@ -201,13 +242,17 @@ def ragged_decode_torch(
     new_count: torch.Tensor | None = None,
     max_length: int | None = None,
     uniform_stride: int | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The torch form of `ragged_decode`: segments gathered to a padded batch, then torch's attention.
 
     On a CPU the lengths are at hand, so equal segments laid out regularly are read in place, and segments of very
-    different lengths are padded in groups (each within a factor of two) rather than all to the longest.
+    different lengths are padded in groups (each within a factor of two) rather than all to the longest. With `places`
+    nothing is gathered.
     """
     batch, q_heads, tokens, head_dim = query.shape
+    if places is not None and tokens == 1 and new_count is None and uniform_stride is None:
+        return _whole_store(query, keys, values, places, length, scaling)
     kv_heads = start.shape[1]
     segments = batch * kv_heads
     rows = query.reshape(segments, 1, -1, head_dim)  # the G x t rows of a kv head share its keys
@@ -274,6 +319,23 @@ def _one_token(
     size = (len(rows), 1, longest, -1)
     key, value = keys.index_select(0, index).view(size), values.index_select(0, index).view(size)
     return F.scaled_dot_product_attention(rows, key, value, attn_mask=seen[:, None, None], scale=scaling)
+
+
+def _whole_store(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    places: torch.Tensor,
+    length: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """A decode step of one sequence: every head over all rows of the store, of which it sees its own segment."""
+    heads, seen = query.shape[1], places < length.view(-1, 1)
+    if heads > len(seen):
+        seen = seen.repeat_interleave(heads // len(seen), 0)
+    rows = query.reshape(1, 1, heads, -1)
+    out = F.scaled_dot_product_attention(rows, keys[None, None], values[None, None], attn_mask=seen, scale=scaling)
+    return out.view(query.shape)
 
 
 def _in_place(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_lmms.kernels import append, ragged_decode
+from sparsemm_lmms.kernels import append, ragged_decode, store_places
 from sparsemm_lmms.kernels.ragged_decode import plan
 
 from . import naive
@@ -269,3 +269,30 @@ def test_wrong_arguments(change, message):
     )
     with pytest.raises(ValueError, match=message):
         ragged_decode(**{**arguments, **change})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_a_small_store_is_read_as_it_is(data):
+    """With `places` a decode step copies nothing, and what lies outside of the segments does not show."""
+    heads, group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    lengths = [data.draw(st.lists(st.integers(0, 40), min_size=heads, max_size=heads))]
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    store = naive.make_store(lengths, 4, dtype)
+    for x in (store.keys, store.values):
+        x.nan_to_num_(nan=1000.0)  # `places` promises finite rows, not small ones
+    places = store_places(store.start, store.capacity, len(store.keys), heads * group, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "index_select", None)
+        check(lengths, group, 1, 4, dtype, store=store, places=places, backend="torch")
+    check(lengths, group, 2, 4, dtype, store=store, places=places, backend="torch")
+
+
+def test_places_only_of_one_small_sequence():
+    def of(*lengths, q_heads=4, head_dim=8):
+        store = naive.make_store(list(lengths), head_dim)
+        return store_places(store.start, store.capacity, len(store.keys), q_heads, head_dim)
+
+    assert of([3, 40]).shape == (2, 1 + (3 + 3 + 1) + (40 + 3 + 1))
+    assert of([3, 40], [5, 6]) is None
+    assert of([4000, 40], q_heads=32, head_dim=128) is None
