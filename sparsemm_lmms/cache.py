@@ -68,6 +68,7 @@ class RaggedLayer(CacheLayerMixin):
         self.kept: np.ndarray = np.zeros((0, 0), dtype=np.int64)
         self.stride: int | None = None  # rows from one segment to the next, when all have the same capacity
         self.places: Tensor | None = None  # where each row of a small store belongs, on a CPU
+        self.checked = False  # whether a decode step on this store had its arguments checked
         self.prompt_lengths: tuple[int, ...] = ()
         self.longest = 0  # rows of the largest segment: picks launches, and is the same at every step of a layout
         self.columns = self.seen = self.appended = 0
@@ -219,9 +220,8 @@ class RaggedLayer(CacheLayerMixin):
         self.start = torch.as_tensor(ends - capacity, dtype=torch.int32, device=device)
         self.capacity = torch.as_tensor(capacity, dtype=torch.int32, device=device)
         self.longest = int(capacity.max())
-        self.checked = False  # whether a decode step on this store had its arguments checked
-        heads = self.method.model.q_heads
-        self.places = store_places(self.start, self.capacity, slots, heads, dim)
+        self.checked = False
+        self.places = store_places(self.start, self.capacity, slots, self.method.model.q_heads, dim)
         self.stride = int(capacity[0, 0]) if (capacity == capacity[0, 0]).all() else None
 
     def _relayout(self, sequences: Tensor | None, room: int | None = None) -> None:

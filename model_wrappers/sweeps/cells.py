@@ -28,7 +28,7 @@ DEMO_BUDGETS = (768, 256, 160, 96, 64, 48)  # of prompts of about 600 tokens; 76
 DEMO_TASKS = ("sparsemm_demo_ocr", "sparsemm_demo_vqa")
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8, 1.0)  # Table 1
 MASK_RATIOS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-DRAWS = {"scores": 10, "heads": 3}
+DRAWS = {"scores": 10, "heads": 5}
 OWN_OPTIONS = {"budget": "--budgets", "method": "--methods", "batch_size": "--batch_size", "seed": "--seed"}
 
 

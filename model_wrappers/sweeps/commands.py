@@ -41,7 +41,7 @@ def sweep(
     batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Documents generated together.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of random, permuted and mask_random.")] = 0,
     ablation: Annotated[str, typer.Option(help="Comma-separated: ratio, components, heads, scores.")] = "",
-    draws: Annotated[int | None, typer.Option(min=1, help="Draws in ablations; 10 of scores, 3 of heads.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Draws in ablations; 10 of scores, 5 of heads.")] = None,
     include_path: Annotated[str | None, typer.Option("--include_path", help="A folder with further tasks.")] = None,
     figures: Annotated[str, typer.Option(help="With --figures-only: comma-separated, not all.")] = "",
     figures_only: Annotated[bool, typer.Option("--figures-only", help="Tables and figures of what is there.")] = False,

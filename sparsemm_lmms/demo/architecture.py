@@ -56,7 +56,7 @@ def llava_next_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
         patch_size=CELL, initializer_range=0.04,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=10, num_attention_heads=8,
         num_key_value_heads=8, head_dim=32, max_position_embeddings=4096, initializer_range=0.05,
         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **_ids(tokenizer),
     )  # fmt: skip
@@ -77,7 +77,7 @@ def qwen2_vl_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     }  # fmt: skip
     # M-RoPE gives the slowest frequencies to the width: at theta 1e4 neighbouring columns can't be told apart.
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 5,
+        "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 10,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096,
         "initializer_range": 0.05, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 4.0}, **_ids(tokenizer),

@@ -40,13 +40,13 @@ class Recipe:
 RECIPES = {
     "llava_next": {
         "text": Recipe(1700, 4, 6e-3, 0.0),
-        "focus": Recipe(1500, 4, 6e-3, 0.2),
+        "focus": Recipe(1650, 4, 6e-3, 0.2),
         "vision": Recipe(600, 1, 2e-3, 0.7),
         "joint": Recipe(250, 4, 1.5e-3, 1.0),
     },
     "qwen2_vl": {
-        "text": Recipe(850, 4, 5e-3, 0.0),
-        "focus": Recipe(850, 4, 5e-3, 0.0),
+        "text": Recipe(1300, 4, 5e-3, 0.0),
+        "focus": Recipe(700, 4, 5e-3, 0.0),
         "vision": Recipe(600, 1, 2e-3, 0.7),
         "joint": Recipe(250, 4, 1.5e-3, 1.0),
     },
