@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 import torch
 
 from ..kernels.backend import resolve_backend
+from ..source_commit import source_commit
 from .compressed import CompressedModel
 from .loading import checkpoint_version
 
@@ -39,7 +37,7 @@ def environment(model: CompressedModel) -> dict[str, Any]:
     images = getattr(model._ready().processor, "image_processor", None)
     return {
         "versions": {**versions(), "python": platform.python_version()},
-        "git_commit": git_commit(),
+        "git_commit": source_commit(),
         "gpu": torch.cuda.get_device_name(weights.device) if cuda else None,
         "kernel_backend": resolve_backend(model.compression.kernel_backend, weights),
         "checkpoint": checkpoint_version(model.family, model.options, model.model.config),
@@ -56,26 +54,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """Commit of this package, `-dirty` after it when files were changed; None for a release.
-
-    Read from what pip wrote down (PEP 610): an install from git names its commit, an editable one its folder.
-    """
-    text = importlib.metadata.distribution("sparsemm-lmms").read_text("direct_url.json")
-    origin = json.loads(text) if text else {}
-    if "vcs_info" in origin:
-        return origin["vcs_info"].get("commit_id")
-    if not origin.get("dir_info", {}).get("editable"):
-        return None
-    folder = unquote(urlparse(origin["url"]).path)
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a folder that is no clone
-        return None
 
 
 def settings_of_evaluation(arguments: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -105,8 +83,3 @@ def run_name(model: CompressedModel, digest: str) -> str:
 def command_line() -> list[str]:
     """The command as it was typed."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-
-def _git(folder: str, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True, timeout=30)
-    return done.stdout.strip()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +17,7 @@ import transformers
 from torch import nn
 
 from sparsemm_lmms._version import __version__
+from sparsemm_lmms.source_commit import source_commit
 
 
 @dataclass(frozen=True)
@@ -99,18 +98,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-@cache
-def commit() -> str | None:
-    """The commit of the source tree this runs from, with a + when something is changed; None outside a clone."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    git = ["git", "-C", str(folder)]
-    found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "") if found.returncode == 0 else None
-
-
 def circumstances(device: torch.device) -> dict[str, Any]:
     """What every number depends on."""
     try:
@@ -126,7 +113,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "triton": triton_version,
         "sparsemm_lmms": __version__,
-        "commit": commit(),
+        "commit": source_commit(),
     }
 
 
