@@ -10,7 +10,7 @@ TEMPLATES = {
     "column": ("What is written in column {0}?", "Read column {0} of the table."),
     "key": ("Read the line of {0}.", "Which line belongs to {0}?"),
 }
-# "key" is asked in training only: finding a line by its key was not learned well enough to be a demo task.
+# "key" is asked in training only: the Qwen2-VL demo did not learn to find a line by its key.
 KINDS = ("all", "line", "column")
 KINDS_OF_FORM = {"page": ("all", "line"), "form": ("all", "line"), "table": ("all", "line", "column")}
 TRAINED_KIND = {"page": "line", "form": "key", "table": "column"}
