@@ -40,7 +40,8 @@ def test_the_real_classes(loaded):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reads_held_out_images(loaded, kind):
     _, model, processor = loaded
-    chosen = [s for grid in GRIDS for s in samples(kind, 2, 11, "heldout", grid)]
+    count = 2 if kind == "all" else 8  # a column has 3 to 5 characters, a transcription about 50
+    chosen = [s for grid in GRIDS for s in samples(kind, count, 11, "heldout", grid)]
     answers = read(model, processor, chosen)
     share = sum(character_accuracy(s.answer, a) for s, a in zip(chosen, answers, strict=True)) / len(chosen)
     assert share >= 0.97, [(s.answer, a) for s, a in zip(chosen, answers, strict=True) if s.answer != a]
