@@ -333,8 +333,8 @@ def _whole_store(
     heads, seen = query.shape[1], places < length.view(-1, 1)
     if heads > len(seen):
         seen = seen.repeat_interleave(heads // len(seen), 0)
-    rows = query.reshape(1, 1, heads, -1)
-    out = F.scaled_dot_product_attention(rows, keys[None, None], values[None, None], attn_mask=seen, scale=scaling)
+    rows, key, value = query.reshape(1, 1, heads, -1), keys.view(1, 1, *keys.shape), values.view(1, 1, *values.shape)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
     return out.view(query.shape)
 
 
