@@ -59,7 +59,7 @@ def ocrbench(i: int, answer: str | None = None) -> dict[str, Any]:
 
 
 def textvqa(i: int, answer: str | None = None) -> dict[str, Any]:
-    doc = page(20 + i)
+    doc = page(23 + i)
     return {
         "image_id": f"demo{i}",
         "question_id": 200 + i,
