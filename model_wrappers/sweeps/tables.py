@@ -22,8 +22,8 @@ PRIMARY = {"sparsemm_demo_ocr": "character_accuracy"} | {task: known.metric for 
 TIE = 1e-9  # means of the same scores in another order
 LEGEND = (
     "Brackets: 95 % bootstrap interval over documents. **Bold**: best of the column. `≈` sparsemm is not "
-    "distinguishable from the best other row, `▼` it is below it (interval of the paired difference; not corrected for "
-    "the number of comparisons). An interval of zero width says that all documents agree. *Italics*: sparsemm's rule "
+    "distinguishable from the best other row, `▼` it is below it (exact paired sign test where answers are right or wrong, "
+    "else the interval of the paired difference; both corrected for the number of rows compared). An interval of zero width says that all documents agree. *Italics*: sparsemm's rule "
     "with other head scores, the controls. (paper): as published, on all documents of its benchmark."
 )
 
@@ -186,25 +186,28 @@ def sentences(block: Block) -> list[str]:
         if own is None or best is None:
             continue
         gap = block.difference(own, best)
+        apart = block.told_apart(own, best, len(_rivals(block, own)))
         size = f"{block.scale * gap.value:+.1f}"
         if _all_alike(block, budget):
             told.setdefault("all rows answer alike at", []).append(str(budget))
-        elif gap.value > 0 and gap.excludes_zero:
-            told.setdefault("sparsemm is best and beyond the interval at", []).append(f"{budget} ({size})")
+        elif gap.value > 0 and apart:
+            told.setdefault("sparsemm is best, told apart from the next at", []).append(f"{budget} ({size})")
         elif gap.value >= TIE:
             told.setdefault("best, but not distinguishable from the next at", []).append(
                 f"{budget} ({best.method}, {size})"
             )
         elif abs(gap.value) < TIE:
             told.setdefault("as good as the best other row at", []).append(f"{budget} ({best.method})")
-        elif not gap.excludes_zero:
+        elif not apart:
             said = f"{budget} ({best.method}, {size})"
             told.setdefault("not best, and not distinguishable from the best at", []).append(said)
         else:
             told.setdefault("**worse than the best** at", []).append(f"{budget} ({best.method}, {size})")
     lines = [f"{what} {', '.join(where)}" for what, where in told.items()]
-    gaps = {row.budget: row.difference for row in block.compared() if row.method == "sparsemm"}
-    if close := [str(budget) for budget, gap in sorted(gaps.items()) if gap is not None and not gap.excludes_zero]:
+    full = block.fullkv
+    own_rows = [row for row in block.compared() if row.method == "sparsemm" and row.difference is not None]
+    close = [str(row.budget) for row in own_rows if full and not block.told_apart(row, full, len(own_rows))]
+    if close:
         lines.append(f"sparsemm is not distinguishable from fullkv at {', '.join(close)}")
     return lines
 
@@ -244,16 +247,21 @@ def _number(block: Block, row: Row) -> str:
 
 
 def _marked(block: Block, row: Row) -> str:
-    rivals = [other for other in block.compared() if other.budget == row.budget and other is not row]
+    rivals = _rivals(block, row)
     text = _number(block, row)
     if all(row.value > other.value - TIE for other in rivals):
         text = f"**{text}**"
     if row.method != "sparsemm" or not rivals or _all_alike(block, row.budget):
         return text
-    gap = block.difference(row, max(rivals, key=lambda other: other.value))
-    if not gap.excludes_zero:
+    best = max(rivals, key=lambda other: other.value)
+    if not block.told_apart(row, best, len(rivals)):
         return f"{text} ≈"
-    return text if gap.value > 0 else f"{text} ▼"
+    return text if row.value > best.value else f"{text} ▼"
+
+
+def _rivals(block: Block, row: Row) -> list[Row]:
+    """The other rows of the main table at the budget of `row`."""
+    return [other for other in block.compared() if other.budget == row.budget and other is not row]
 
 
 def _sparsemm_and_best(block: Block, budget: int | None) -> tuple[Row | None, Row | None]:

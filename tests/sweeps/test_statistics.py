@@ -113,7 +113,7 @@ def test_sentences_name_where_sparsemm_is_not_best() -> None:
         cells.append(cell("sparsemm", budget, {"t": {"m": list(base + 0.4 + gap)}}))
     block = one(*cells)
     told = tables.sentences(block)
-    assert "sparsemm is best and beyond the interval at 48 (+30.0)" in told
+    assert "sparsemm is best, told apart from the next at 48 (+30.0)" in told
     assert "**worse than the best** at 96 (snapkv, -30.0)" in told
     assert "all rows answer alike at 160" in told
     assert any("not distinguishable" in line and "256" in line for line in told)
