@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 
 class TensorLog(TorchDispatchMode):
@@ -30,11 +30,15 @@ class TensorLog(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         made = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._see, made)
+        for tensor in tree_leaves(made):
+            # a view of what existed before the block (a weight) makes no storage
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
+                self._see(tensor)
         return made
 
-    def _see(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if id(storage) not in self._known:  # PyTorch keeps one Python object a storage while it is referenced
             self._known.add(id(storage))
@@ -42,7 +46,6 @@ class TensorLog(TorchDispatchMode):
             self.sizes[storage.nbytes()] += 1
             self._alive += storage.nbytes()
             self.peak = max(self.peak, self._alive)
-        return tensor
 
     def _gone(self, known: int, size: int) -> None:
         self._known.discard(known)
