@@ -134,6 +134,11 @@ def _score_rows(
     scored = real & (columns >= (padding + dropped)[:, None])
     losses = torch.nn.functional.cross_entropy(before.transpose(1, 2), ids, reduction="none")
     loss = (losses * scored).sum(1) / scored.sum(1)
+    if not bool(loss.isfinite().all()):  # the losses go to the host here anyway
+        raise ValueError(
+            f"{type(engine.model).__name__} gave logits with NaN or infinity, so its likelihoods mean nothing; try "
+            "dtype=float32 or bfloat16, and check the weights."
+        )
     greedy = ((before.argmax(-1) == ids) | ~scored).all(1)
     found = zip(loss.tolist(), greedy.tolist(), scored.sum(1).tolist(), strict=True)
     return [Likelihood(*values) for values in found]

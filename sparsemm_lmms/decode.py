@@ -148,6 +148,7 @@ class DecodeLoop:
         ids: int64 `[batch, max_length]`, prompt and new tokens; `cursor` `[1]` is the column of the next one.
         token `[batch, 1]`, position `[..., batch, 1]`: inputs of the next step (3D and text positions for M-RoPE).
         finished: bool `[batch]`; live: int64 `[1]`, steps that began with an unfinished sequence.
+        broken: bool `[]`, whether any step had logits that are not finite; read once, at the end.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class DecodeLoop:
         self.token = input_ids.new_zeros(self.batch, 1)
         self.position = self.token  # `prepare` finds the real ones
         self.finished = torch.zeros(self.batch, dtype=torch.bool, device=device)
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)
         self.live = torch.zeros(1, dtype=torch.int64, device=device)
         # A criterion that only looks on (a clock) does not care about steps that are taken back.
         self.onlookers = [c for c in criteria if getattr(c, "only_looks_on", False)]
@@ -249,6 +251,8 @@ class DecodeLoop:
     def choose(self, logits: Tensor) -> None:
         """The next token of every sequence, float32 `[batch, vocabulary]` -> all buffers; no host synchronisation."""
         scores = self.processors(self.ids if self.whole else self._seen(), logits)
+        # NaN, +inf, or no token left: a maximum is not finite exactly then (-inf elsewhere is a processor's mask)
+        self.broken |= ~(logits.amax(-1) + scores.amax(-1)).isfinite().all()
         if self.do_sample:
             # What torch.multinomial does for one sample, bit by bit, without its check, which waits for the device.
             weights = torch.softmax(scores, dim=-1)
@@ -294,8 +298,17 @@ class DecodeLoop:
         return None
 
     def _finish(self) -> Tensor:
-        """Take back what ran after the last sequence had ended."""
+        """Take back what ran after the last sequence had ended.
+
+        Raises:
+            ValueError: if the logits of a step were not finite.
+        """
         self.cache.check_overflow()
+        if bool(self.broken):
+            raise ValueError(
+                f"{type(self.model).__name__} gave logits with NaN or infinity, so its tokens mean nothing; try "
+                "dtype=float32 or bfloat16, and check the weights."
+            )
         length = self.columns + int(self.live) if self.can_end else self.length
         if length < self.length:
             self.cache.take_back(self.length - length)
