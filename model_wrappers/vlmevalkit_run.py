@@ -91,7 +91,8 @@ def load_run_py(path: Path, arguments: list[str]) -> ModuleType:
     """Execute run.py up to its `main`, with `sys.argv` and `sys.path` as `python run.py` would have them."""
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location("vlmevalkit_run", path)
+    # a name in the host's tree, or its logger stands outside and its messages and result tables are lost
+    spec = importlib.util.spec_from_file_location("vlmeval.run", path)
     assert spec is not None and spec.loader is not None  # a file that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its worker processes find its functions there
