@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..methods import METHODS
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 ROUNDS = ("append", "recompress", "independent")
+RESERVED = ("self", "checkpoint", "max_batch_size")
+"""Parameters of our constructors that a command line cannot fill."""
 DEMO = "demo"
 """`pretrained=demo` is the packaged demo model of the family."""
 
@@ -108,10 +111,39 @@ class RunOptions:
         return self.pretrained == DEMO
 
 
+def parse_arguments(text: str) -> dict[str, str]:
+    """The `name=value,name=value` of `--model_args`, every value as the string that was given.
+
+    A comma starts the next argument if a name and `=` follow it; else it belongs to the value before it, as in
+    `system_prompt=Look, then answer` or `device_map={"a": 0, "b": 1}`. Quotes and brackets are characters like others.
+
+    >>> parse_arguments("revision=0123456,system_prompt=Don't guess, look,budget=64")
+    {'revision': '0123456', 'system_prompt': "Don't guess, look", 'budget': '64'}
+
+    Raises:
+        ValueError: one sentence for a text that does not start with a name, an empty value, and a name that is given
+            twice or is not for the command line.
+    """
+    found: dict[str, str] = {}
+    for piece in filter(None, map(str.strip, re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", text))):
+        match = re.match(r"([A-Za-z_][\w-]*)\s*=", piece)
+        if match is None:
+            raise ValueError(f"--model_args {text!r} is not of the form name=value,name=value.")
+        name, value = match[1], piece[match.end() :].strip().rstrip(",").rstrip()
+        if name in RESERVED:
+            raise ValueError(f"--model_args cannot set {name!r} ({name}={value}); leave it out.")
+        if name in found:
+            raise ValueError(f"--model_args gives {name} twice ({name}={found[name]} and {name}={value}); give one.")
+        if not value:
+            raise ValueError(_empty(name))
+        found[name] = value
+    return found
+
+
 def split_arguments(family: Family, method: str, given: dict[str, Any]) -> tuple[RunOptions, CompressionConfig]:
     """Check `given` and split it into the options of the run and the settings of the compression.
 
-    Values may be strings as a command line has them; None and "None" mean "not given".
+    Values may be strings as a command line has them; None and "None" mean "not given", an empty string is refused.
 
     Raises:
         ValueError: one sentence with the known arguments and the nearest, before anything is loaded.
@@ -121,7 +153,9 @@ def split_arguments(family: Family, method: str, given: dict[str, Any]) -> tuple
     run: dict[str, Any] = {}
     config: dict[str, Any] = {"method": method}
     for name, value in given.items():
-        absent = value is None or str(value).strip().lower() in ("none", "")
+        absent = value is None or str(value).strip().lower() == "none"
+        if isinstance(value, str) and not value.strip() and name in known_run | known_config:
+            raise ValueError(_empty(name))
         if name in known_run:
             run |= {name: None} if absent and name == "system_prompt" else {} if absent else {name: value}
         elif name in known_config:
@@ -178,6 +212,10 @@ def _run_options(family: Family, run: dict[str, Any]) -> RunOptions:
         if value is not None:
             run[name] = parse_value(name, str(value) if kinds[name] == "str" else value, kinds[name])
     return RunOptions(**run)
+
+
+def _empty(name: str) -> str:
+    return f"{name}= is empty: give a value, or leave {name} out for its default."
 
 
 def _refusal(family: Family, method: str, name: str, known: list[str]) -> str:

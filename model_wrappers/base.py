@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, DistributedType
-from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from ..methods import METHODS
 from ..session import CompressionSession, compress
 from . import host_requests
-from .arguments import unused_settings
+from .arguments import parse_arguments, unused_settings
 from .compressed import CompressedModel
 from .engine import Engine, Prompt
 from .generation import GenerationSettings
@@ -43,7 +42,7 @@ class CompressedChatModel(CompressedModel, lmms):
 
     is_simple = False
 
-    def __init__(self, max_batch_size: Any = None, checkpoint: Checkpoint | None = None, **model_args: Any) -> None:
+    def __init__(self, /, max_batch_size: Any = None, checkpoint: Checkpoint | None = None, **model_args: Any) -> None:
         super().__init__()
         install(CompressedChatModel)
         host_requests.repair()
@@ -71,14 +70,11 @@ class CompressedChatModel(CompressedModel, lmms):
 
     @classmethod
     def create_from_arg_string(cls: type[T], arg_string: str, additional_config: dict | None = None) -> T:
-        """As the host's, but with a sentence for `--model_args` that is no list of key=value.
+        """As the host's, but values stay the strings that were given; `parse_arguments` says how they are read.
 
         `batch_size` may be given there too; the host passes its own `--batch_size` (default 1) beside it.
         """
-        try:
-            args = utils.simple_parse_args_string(arg_string)
-        except ValueError:
-            raise ValueError(f"--model_args {arg_string!r} is not of the form name=value,name=value.") from None
+        args = parse_arguments(arg_string)
         host = {name: value for name, value in (additional_config or {}).items() if value is not None}
         for name in set(args) & set(host):
             if str(args[name]) != str(host[name]) and (name, str(host[name])) != ("batch_size", "1"):

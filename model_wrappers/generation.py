@@ -51,9 +51,27 @@ repetition_penalty=None)
             if name in values
         }
         settings = cls(**{"max_new_tokens": max_new_tokens, **numbers}, temperature=temperature, until=_until(values))
-        if settings.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={settings.max_new_tokens} must be at least 1.")
+        settings._check()
         return settings
+
+    def _check(self) -> None:
+        """Refuse what cannot be generated.
+
+        `top_p=0` stands beside `temperature=0` in many tasks of the host: it is refused only where it would be used.
+        """
+        for name, count, least in (
+            ("max_new_tokens", self.max_new_tokens, 1),
+            ("num_beams", self.num_beams, 1),
+            ("top_k", self.top_k, 0),  # 0 is off
+        ):
+            if count is not None and count < least:
+                raise ValueError(f"{name}={count} must be at least {least}.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative; 0 is greedy.")
+        if self.top_p is not None and (not 0 <= self.top_p <= 1 or self.top_p == 0 and self.temperature > 0):
+            raise ValueError(f"top_p={self.top_p} must be larger than 0 and at most 1.")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be larger than 0; 1 is none.")
 
     @staticmethod
     def ignored(gen_kwargs: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,16 @@ import torch
 import transformers
 from accelerate import Accelerator
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import is_flash_attn_2_available
 
 from .._version import __version__
+from ..config import CompressionConfig
 from ..scoring.resolve import folder_version
 from .arguments import DEMO, Family, RunOptions
 from .names import FAMILIES
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The device maps that accelerate finds by itself; others are a device, or a JSON object from modules to devices."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +41,89 @@ def resolve_device(options: RunOptions, accelerator: Accelerator | None = None) 
             raise ValueError(
                 "device_map spreads one model over the GPUs; it cannot be combined with several processes."
             )
-        if options.device != "auto" and torch.device(options.device).type != accelerator.device.type:
+        if options.device != "auto" and _device("device", options.device).type != accelerator.device.type:
             raise ValueError(f"device={options.device} differs from accelerate's {accelerator.device}; set only one.")
         return accelerator.device
+    read_device_map(options)
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _present("device", options.device)
+
+
+def read_device_map(options: RunOptions) -> str | dict[str, str | int] | None:
+    """`device_map` as `from_pretrained` takes it, with devices that exist here.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    given = options.device_map
+    if given is None or given in DEVICE_MAPS:
+        return given
+    if not given.startswith("{"):
+        return str(_present("device_map", f"cuda:{given}" if given.isdecimal() else given))
     try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise ValueError(f"device={options.device!r} is no torch device; use cuda, cuda:1 or cpu.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={options.device} was asked for, but torch sees no GPU here; use device=cpu.")
+        found = json.loads(given)
+    except ValueError:
+        raise ValueError(f'device_map={given} is no JSON object, as {{"": 0}} is one.') from None
+    for place in found.values():
+        if isinstance(place, bool) or not isinstance(place, (str, int)):
+            raise ValueError(f"device_map={given} names {place!r}, which is no device; use 0, cuda:0 or cpu.")
+        _present("device_map", f"cuda:{place}" if isinstance(place, int) else place)
+    return found
+
+
+def check_machine(options: RunOptions, compression: CompressionConfig, device: torch.device) -> None:
+    """Refuse what this machine cannot run, before any weight is read.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if options.attn_implementation == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise ValueError(
+                "attn_implementation=flash_attention_2 needs the flash-attn package and a GPU, and this machine lacks "
+                "one of them; use attn_implementation=sdpa."
+            )
+        if device.type != "cuda":
+            raise ValueError(
+                f"attn_implementation=flash_attention_2 runs on CUDA only, not on {device}; use "
+                "attn_implementation=sdpa or device=cuda."
+            )
+    if compression.kernel_backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("kernel_backend=triton needs the triton package; install it or use kernel_backend=auto.")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"kernel_backend=triton runs on CUDA only, not on {device}; use kernel_backend=auto, or set "
+                "TRITON_INTERPRET=1 for Triton's slow interpreter."
+            )
+
+
+def _present(argument: str, name: str) -> torch.device:
+    """The device called `name`, or one sentence if this machine has none of that name."""
+    device = _device(argument, name)
+    if device.type == "cpu":
+        return device
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"{argument}={name} was asked for, but torch sees no GPU here; use {argument}=cpu.")
+        count = torch.cuda.device_count()
+    else:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None or found.type != device.type:
+            raise ValueError(f"{argument}={name} is no device that this machine can compute on; use cuda or cpu.")
+        count = torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        last = f"{device.type}:{count - 1}"
+        raise ValueError(f"{argument}={name} was asked for, but the last device here is {last}; use {device.type}:0.")
     return device
+
+
+def _device(argument: str, name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{argument}={name!r} is no torch device; use cuda, cuda:1 or cpu.") from None
 
 
 def resolve_dtype(options: RunOptions, device: torch.device) -> torch.dtype:
@@ -102,18 +181,18 @@ def load_checkpoint(family: Family, options: RunOptions, device: torch.device) -
     shared: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(path, **shared)
+        _prepare_processor(processor, options)  # first: what is wrong with it is said before the weights are read
         model = getattr(transformers, family.architecture).from_pretrained(
             path,
             **shared,
             dtype=resolve_dtype(options, device),
             attn_implementation=options.attn_implementation,
-            device_map=options.device_map,
+            device_map=read_device_map(options),
         )
     except OSError as error:
         raise ValueError(_unreachable(options, error)) from error
     if options.device_map is None:
         model.to(device)
-    _prepare_processor(processor, options)
     return Checkpoint(model.eval(), processor, path)
 
 
@@ -126,12 +205,28 @@ def _prepare_processor(processor: ProcessorMixin, options: RunOptions) -> None:
     limits = {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}
     if given := {edge: value for edge, value in limits.items() if value is not None}:
         for resizer in filter(None, (processor.image_processor, getattr(processor, "video_processor", None))):
-            resizer.size = type(resizer.size)(**{edge: resizer.size[edge] for edge in limits} | given)
+            sizes = {edge: resizer.size[edge] for edge in limits} | given
+            if resizer is processor.image_processor:
+                _check_pixels(sizes["shortest_edge"], sizes["longest_edge"], options)
+            resizer.size = type(resizer.size)(**sizes)
     if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
         processor.video_processor.cap_pixels_per_frame = True  # as qwen-vl-utils, which the host's stock model uses
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+
+
+def _check_pixels(least: int, most: int, options: RunOptions) -> None:
+    """Refuse a limit that contradicts the checkpoint's other one (two given ones were compared before)."""
+    if least <= most:
+        return
+    name, other = ("max_pixels", "min_pixels") if options.max_pixels is not None else ("min_pixels", "max_pixels")
+    value, own = (most, least) if name == "max_pixels" else (least, most)
+    relation, mend = ("below", "raise") if name == "max_pixels" else ("above", "lower")
+    raise ValueError(
+        f"{name}={value} is {relation} the {other}={own} of pretrained={options.pretrained}; {mend} {name} or give "
+        f"{other} too."
+    )
 
 
 def _unreachable(options: RunOptions, error: OSError) -> str:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 POOLINGS = ("avgpool", "maxpool")
 GQA_FUNCS = ("mean", "max")
 KERNEL_BACKENDS = ("auto", "triton", "torch")
 CUDA_GRAPHS = ("auto", "on", "off")
+
+LARGEST = 2**63 - 1
+"""The largest whole number that a setting may be: what random generators and tensors take."""
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -79,6 +86,12 @@ class CompressionConfig:
                 f"budget={self.budget} must be larger than window_size={self.window_size}: the budget counts the local "
                 "window, so raise budget or lower window_size."
             )
+        _at_least("budget", self.budget, 1)
+        if self.method == "mask_random" and self.mask_ratio > 0.5:
+            raise ValueError(
+                f"mask_ratio={self.mask_ratio} is too much for mask_random, which silences as many heads as mask but "
+                "none of the same: use at most 0.5."
+            )
 
     @property
     def base(self) -> int:
@@ -112,20 +125,62 @@ def parse_value(name: str, value: Any, kind: str) -> Any:
         if word in _TRUE + _FALSE:
             return word in _TRUE
     elif kind == "int" and not isinstance(value, bool):
-        try:
-            if float(value) == int(float(value)):
-                return int(float(value))
-        except (TypeError, ValueError, OverflowError):
-            pass
+        whole = _whole(value)
+        if whole is not None and abs(whole) > LARGEST:
+            raise ValueError(f"{name}={_shown(value)} is too large: whole numbers reach up to {LARGEST}.")
+        if whole is not None:
+            return whole
     elif kind == "float" and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+        number = _real(value)
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name}={_shown(value)} is not a finite number.")
+        if number is not None:
+            return number
     elif kind == "str" and isinstance(value, str):
         return value
     wanted = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word"}[kind]
-    raise ValueError(f"{name}={value!r} is not {wanted}.")
+    raise ValueError(f"{name}={_shown(value)} is not {wanted}.")
+
+
+def _whole(value: Any) -> int | None:
+    """`value` as an exact whole number (`64`, `"64"`, `64.0`, `"64.0"`), or None if it is none."""
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) and value == int(value) else None
+    if not isinstance(value, str):
+        try:
+            return operator.index(value)
+        except TypeError:
+            return None
+    if not (text := _decimal(value)):
+        return None
+    number = Decimal(text)
+    if number.adjusted() > 19:  # larger than LARGEST; its digits need not be written out
+        return 10**20
+    return int(number) if number == number.to_integral_value() else None
+
+
+def _real(value: Any) -> float | None:
+    """`value` as a float, infinite where it is too large for one, or None if it is no number."""
+    if isinstance(value, str) and "_" in value:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return None
+
+
+def _decimal(text: str) -> str | None:
+    """The number that `text` writes in plain digits, perhaps with a fraction or an exponent, or None."""
+    match = re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,6})?", text.strip(), re.ASCII | re.IGNORECASE)
+    return match and match[0]
+
+
+def _shown(value: Any) -> str:
+    """`value` as a sentence quotes it: long ones are cut."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
 
 
 def unknown_name(what: str, name: str, known: list[str] | tuple[str, ...]) -> str:
