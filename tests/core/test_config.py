@@ -25,7 +25,22 @@ BAD = [
     ({"method": "sparsemn"}, "Did you mean 'sparsemm'?"),
     ({"kernel_backend": "cuda"}, "Unknown kernel_backend 'cuda'"),
     ({"ratio": 1.5}, "ratio=1.5 must lie between 0 and 1"),
-    ({"ratio": "nan"}, "ratio=nan must lie between 0 and 1"),
+    ({"ratio": "nan"}, "ratio='nan' is not a finite number"),
+    ({"ratio": float("inf")}, "ratio=inf is not a finite number"),
+    ({"ratio": "1" + "0" * 400}, "is not a finite number"),
+    ({"ratio": 10**400}, "is not a finite number"),
+    ({"ratio": "0_1"}, "ratio='0_1' is not a number"),
+    ({"budget": "1_000"}, "budget='1_000' is not a whole number"),
+    ({"budget": "½"}, "budget='½' is not a whole number"),
+    ({"budget": float("nan")}, "budget=nan is not a whole number"),
+    ({"budget": ""}, "budget='' is not a whole number"),
+    ({"seed": 2**63}, "seed=9223372036854775808 is too large"),
+    ({"seed": "1e999999"}, "seed='1e999999' is too large"),
+    ({"kernel_size": "4611686018427387904"}, "kernel_size=4611686018427387904 must be odd"),
+    ({"method": "fullkv", "budget": 0}, "budget=0 must be at least 1"),
+    ({"method": "fullkv", "budget": "-5"}, "budget=-5 must be at least 1"),
+    ({"method": "mask", "budget": -5}, "budget=-5 must be at least 1"),
+    ({"method": "mask_random", "mask_ratio": 0.51}, "mask_ratio=0.51 is too much for mask_random"),
     ({"floor_ratio": -0.1}, "floor_ratio=-0.1"),
     ({"beta": 0}, "beta=0 must be at least 1"),
     ({"skip": -1}, "skip=-1"),
@@ -50,6 +65,34 @@ def test_unknown_argument_names_the_nearest():
 def test_strings_of_a_command_line():
     config = CompressionConfig.from_dict({"budget": "64", "redistribute": "True", "ratio": "0.2", "normalize": "no"})
     assert (config.budget, config.redistribute, config.ratio, config.normalize) == (64, True, 0.2, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("9007199254740993", 2**53 + 1),
+        ("9007199254740993.0", 2**53 + 1),
+        (2**63 - 1, 2**63 - 1),
+        ("0064", 64),
+        ("64.0", 64),
+        ("6.4e1", 64),
+        (64.0, 64),
+        (" 7 ", 7),
+    ],
+)
+def test_whole_numbers_stay_exact(given, value):
+    seed = CompressionConfig(method="random", seed=given).seed
+    assert (type(seed), seed) == (int, value)
+
+
+def test_a_number_too_long_to_write_out():
+    with pytest.raises(ValueError, match="seed=a number of more than 40 digits is too large"):
+        CompressionConfig(seed=10**5000)
+
+
+def test_half_of_the_heads_may_be_drawn_and_all_of_them_masked():
+    assert CompressionConfig(method="mask_random", mask_ratio=0.5).mask_ratio == 0.5
+    assert CompressionConfig(method="mask", mask_ratio=1).mask_ratio == 1.0
 
 
 def test_a_record_rebuilds_the_config():

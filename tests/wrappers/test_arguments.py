@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from sparsemm_lmms import CompressionConfig
 from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers.arguments import known_settings, split_arguments, unused_settings
-from sparsemm_lmms.model_wrappers.llava_next import LlavaNext
+from sparsemm_lmms.model_wrappers import loading
+from sparsemm_lmms.model_wrappers.arguments import (
+    RunOptions,
+    known_settings,
+    parse_arguments,
+    split_arguments,
+    unused_settings,
+)
+from sparsemm_lmms.model_wrappers.llava_next import LlavaNext, LlavaNextSnapkv
+from sparsemm_lmms.model_wrappers.loading import check_machine, load_checkpoint, read_device_map, resolve_device
 from sparsemm_lmms.model_wrappers.qwen2_vl import Qwen2VL
 
 LLAVA, QWEN = LlavaNext.family, Qwen2VL.family
@@ -27,7 +39,7 @@ def test_strings_become_values() -> None:
 
 
 def test_none_means_not_given() -> None:
-    given = {"budget": "None", "dtype": None, "device_map": "None", "revision": "none", "max_pixels": ""}
+    given = {"budget": "None", "dtype": None, "device_map": "None", "revision": "none", "max_pixels": "None"}
     assert split_arguments(QWEN, "snapkv", given) == split_arguments(QWEN, "snapkv", {})
 
 
@@ -75,6 +87,13 @@ def test_a_system_prompt_can_be_switched_off() -> None:
         (QWEN, "snapkv", {"max_num_frames": 1}, "max_num_frames=1 must be at least 2"),
         (QWEN, "snapkv", {"fps": 0}, "fps=0.0 must be larger than 0"),
         (LLAVA, "snapkv", {"fps": 2}, "only qwen2_vl models read video"),
+        (QWEN, "snapkv", {"fps": "inf"}, "fps='inf' is not a finite number"),
+        (QWEN, "snapkv", {"max_pixels": ""}, "max_pixels= is empty"),
+        (QWEN, "sparsemm", {"head_scores": " "}, "head_scores= is empty"),
+        (QWEN, "fullkv", {"budget": -5}, "budget=-5 must be at least 1"),
+        (QWEN, "mask_random", {"mask_ratio": "0.8"}, "mask_ratio=0.8 is too much for mask_random.*at most 0.5"),
+        (QWEN, "random", {"ratio": "1" + "0" * 400}, "is not a finite number"),
+        (QWEN, "snapkv", {"self": 1}, "Unknown argument of qwen2_vl_snapkv 'self'"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(family, method, given, sentence) -> None:
@@ -97,3 +116,121 @@ def test_settings_without_effect_are_known_as_such() -> None:
     assert unused_settings("local_window") == (*pooled, "seed")
     assert unused_settings("snapkv") == ("seed",)
     assert unused_settings("random") == unused_settings("sparsemm") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", {}),
+        ("pretrained=demo,budget=64", {"pretrained": "demo", "budget": "64"}),
+        (" pretrained = demo , budget = 64 ,", {"pretrained": "demo", "budget": "64"}),
+        ("system_prompt=Don't guess,budget=64", {"system_prompt": "Don't guess", "budget": "64"}),
+        ('system_prompt=5" or [6,budget=64', {"system_prompt": '5" or [6', "budget": "64"}),
+        ("system_prompt=Look, then answer,budget=64", {"system_prompt": "Look, then answer", "budget": "64"}),
+        ('device_map={"a": 0, "b": 1},budget=64', {"device_map": '{"a": 0, "b": 1}', "budget": "64"}),
+        ("system_prompt=a=b, 2+2=4,seed=1", {"system_prompt": "a=b, 2+2=4", "seed": "1"}),
+        ("revision=0123456", {"revision": "0123456"}),
+        ("revision=1e10,pretrained=007", {"revision": "1e10", "pretrained": "007"}),
+        ("trust_remote_code=True,system_prompt=None", {"trust_remote_code": "True", "system_prompt": "None"}),
+    ],
+)
+def test_the_command_line_is_read_as_it_was_given(text, values) -> None:
+    assert parse_arguments(text) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("demo", "--model_args 'demo' is not of the form name=value"),
+        ("=demo", "is not of the form"),
+        ("demo,budget=64", "is not of the form"),
+        ("pretrained=demo,budget=", "budget= is empty: give a value"),
+        ("pretrained=,budget=64", "pretrained= is empty"),
+        ("budget=,", "budget= is empty"),
+        ("budget=64,budget=128", r"gives budget twice \(budget=64 and budget=128\)"),
+        ("budget=64,pretrained=demo,budget=64", "gives budget twice"),
+        ("self=1", r"cannot set 'self' \(self=1\); leave it out"),
+        ("pretrained=demo,checkpoint=x", "cannot set 'checkpoint'"),
+        ("max_batch_size=7", "cannot set 'max_batch_size'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(text, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        LlavaNextSnapkv.create_from_arg_string(text, {"batch_size": 1})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"device": "mps"}, "device=mps is no device that this machine"),
+        ({"device": "xpu"}, "device=xpu is no device that this machine"),
+        ({"device": "meta"}, "device=meta is no device that this machine"),
+        ({"device": "cuda:9"}, "device=cuda:9 was asked for, but the last device here is cuda:1"),
+        ({"device_map": "meta"}, "device_map=meta is no device that this machine"),
+        ({"device_map": "cuda:9"}, "device_map=cuda:9 was asked for, but the last device here is cuda:1"),
+        ({"device_map": "2"}, "device_map=cuda:2 was asked for"),
+        ({"device_map": "evenly"}, "device_map='evenly' is no torch device"),
+        ({"device_map": '{"a": 0'}, 'device_map={"a": 0 is no JSON object'),
+        ({"device_map": '{"a": 0, "b": 9}'}, "device_map=cuda:9 was asked for"),
+        ({"device_map": '{"a": null}'}, "names None, which is no device"),
+    ],
+)
+def test_absent_devices(monkeypatch: pytest.MonkeyPatch, given, sentence) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    with pytest.raises(ValueError) as caught:
+        resolve_device(RunOptions("p", **given))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_device_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    wanted = {None: None, "auto": "auto", "cpu": "cpu", "1": "cuda:1", '{"a": 0, "b": "cpu"}': {"a": 0, "b": "cpu"}}
+    assert {given: read_device_map(RunOptions("p", device_map=given)) for given in wanted} == wanted
+
+
+def test_flash_attention_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = RunOptions("p", attn_implementation="flash_attention_2")
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match="attn_implementation=flash_attention_2 needs the flash-attn package"):
+        check_machine(options, CompressionConfig(), torch.device("cuda"))
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
+    check_machine(options, CompressionConfig(), torch.device("cuda"))
+    with pytest.raises(ValueError, match="runs on CUDA only, not on cpu"):
+        check_machine(options, CompressionConfig(), torch.device("cpu"))
+
+
+def test_triton_needs_cuda_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CompressionConfig(kernel_backend="triton")
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check_machine(RunOptions("p"), config, torch.device("cuda"))
+    with pytest.raises(ValueError, match="kernel_backend=triton runs on CUDA only, not on cpu"):
+        check_machine(RunOptions("p"), config, torch.device("cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_machine(RunOptions("p"), config, torch.device("cpu"))
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the triton package"):
+        check_machine(RunOptions("p"), config, torch.device("cuda"))
+
+
+def test_pixel_limits_that_contradict_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]
+) -> None:
+    folder = checkpoints["qwen2_vl"]
+    own = load_checkpoint(QWEN, RunOptions(str(folder)), torch.device("cpu")).processor.image_processor.size
+    least, most = own["shortest_edge"], own["longest_edge"]
+
+    def read_weights(*args, **kwargs):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(loading.transformers, QWEN.architecture, type("Model", (), {"from_pretrained": read_weights}))
+    for given, sentence in (
+        ({"max_pixels": 1}, f"max_pixels=1 is below the min_pixels={least} of"),
+        ({"min_pixels": most + 1}, f"min_pixels={most + 1} is above the max_pixels={most} of"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load_checkpoint(QWEN, RunOptions(str(folder), **given), torch.device("cpu"))

@@ -54,6 +54,41 @@ def test_until_of_another_type_is_refused() -> None:
         read(until=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("max_new_tokens", -3, "max_new_tokens=-3 must be at least 1"),
+        ("max_new_tokens", "1e30", "max_new_tokens='1e30' is too large"),
+        ("num_beams", 0, "num_beams=0 must be at least 1"),
+        ("num_beams", 1.5, "num_beams=1.5 is not a whole number"),
+        ("temperature", -0.5, "temperature=-0.5 must not be negative"),
+        ("temperature", "inf", "temperature='inf' is not a finite number"),
+        ("temperature", float("nan"), "temperature=nan is not a finite number"),
+        ("top_p", 1.01, "top_p=1.01 must be larger than 0 and at most 1"),
+        ("top_p", -0.1, "top_p=-0.1 must be"),
+        ("top_k", -1, "top_k=-1 must be at least 0"),
+        ("repetition_penalty", 0, "repetition_penalty=0.0 must be larger than 0"),
+        ("repetition_penalty", -1, "repetition_penalty=-1.0 must be larger than 0"),
+        ("repetition_penalty", float("inf"), "repetition_penalty=inf is not a finite number"),
+    ],
+)
+def test_senseless_settings_are_one_sentence(name, value, sentence) -> None:
+    with pytest.raises(ValueError) as caught:
+        read(**{name: value})
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_top_p_is_refused_only_where_it_would_be_used() -> None:
+    assert read(temperature=0, top_p=0).for_generate()["top_p"] is None
+    with pytest.raises(ValueError, match="top_p=0.0 must be larger than 0"):
+        read(temperature=0.7, top_p=0)
+
+
+def test_limits_of_the_settings_are_accepted() -> None:
+    settings = read(temperature=0.7, top_p=1, top_k=0, num_beams=1, repetition_penalty="1.0")
+    assert (settings.top_p, settings.top_k, settings.repetition_penalty) == (1.0, 0, 1.0)
+
+
 def test_foreign_keys_are_named() -> None:
     assert GenerationSettings.ignored({"image_aspect_ratio": "pad", "until": [], "do_sample": False}) == [
         "image_aspect_ratio"
