@@ -12,7 +12,7 @@ from ..head_scores import HeadScores
 from ..methods import METHODS
 from ..scoring import resolve_head_scores
 from .arguments import Family, RunOptions, known_run_options, known_settings, split_arguments, unused_settings
-from .loading import Checkpoint, check_machine, checkpoint_path, load_checkpoint, read_config
+from .loading import Checkpoint, check_possible, checkpoint_path, load_checkpoint, read_config
 
 FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
 
@@ -39,7 +39,7 @@ class CompressedModel:
             checkpoint: weights and processor loaded before, under options that differ at most in those of the method.
         """
         self._device = device
-        check_machine(self.options, self.compression, device)
+        check_possible(self.options, self.compression, device)
         config = read_config(self.family, self.options)
         needs_model = self.options.head_scores.partition(":")[0] in FROM_THE_MODEL
         scores = None if needs_model else self._read_head_scores(config, progress)

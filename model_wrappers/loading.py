@@ -72,12 +72,17 @@ def read_device_map(options: RunOptions) -> str | dict[str, str | int] | None:
     return found
 
 
-def check_machine(options: RunOptions, compression: CompressionConfig, device: torch.device) -> None:
-    """Refuse what this machine cannot run, before any weight is read.
+def check_possible(options: RunOptions, compression: CompressionConfig, device: torch.device) -> None:
+    """Refuse what cannot run, on this machine or on any, before any weight is read.
 
     Raises:
         ValueError: one sentence.
     """
+    if compression.method == "mask_random" and compression.mask_ratio > 0.5:
+        raise ValueError(
+            f"mask_ratio={compression.mask_ratio} leaves too few heads for mask_random, which silences as many as mask "
+            "but others; use at most 0.5."
+        )
     if options.attn_implementation == "flash_attention_2":
         if not is_flash_attn_2_available():
             raise ValueError(

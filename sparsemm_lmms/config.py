@@ -87,11 +87,6 @@ class CompressionConfig:
                 "window, so raise budget or lower window_size."
             )
         _at_least("budget", self.budget, 1)
-        if self.method == "mask_random" and self.mask_ratio > 0.5:
-            raise ValueError(
-                f"mask_ratio={self.mask_ratio} is too much for mask_random, which silences as many heads as mask but "
-                "none of the same: use at most 0.5."
-            )
 
     @property
     def base(self) -> int:

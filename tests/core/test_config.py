@@ -40,7 +40,6 @@ BAD = [
     ({"method": "fullkv", "budget": 0}, "budget=0 must be at least 1"),
     ({"method": "fullkv", "budget": "-5"}, "budget=-5 must be at least 1"),
     ({"method": "mask", "budget": -5}, "budget=-5 must be at least 1"),
-    ({"method": "mask_random", "mask_ratio": 0.51}, "mask_ratio=0.51 is too much for mask_random"),
     ({"floor_ratio": -0.1}, "floor_ratio=-0.1"),
     ({"beta": 0}, "beta=0 must be at least 1"),
     ({"skip": -1}, "skip=-1"),
@@ -88,11 +87,6 @@ def test_whole_numbers_stay_exact(given, value):
 def test_a_number_too_long_to_write_out():
     with pytest.raises(ValueError, match="seed=a number of more than 40 digits is too large"):
         CompressionConfig(seed=10**5000)
-
-
-def test_half_of_the_heads_may_be_drawn_and_all_of_them_masked():
-    assert CompressionConfig(method="mask_random", mask_ratio=0.5).mask_ratio == 0.5
-    assert CompressionConfig(method="mask", mask_ratio=1).mask_ratio == 1.0
 
 
 def test_a_record_rebuilds_the_config():

@@ -9,7 +9,7 @@ import torch
 
 from sparsemm_lmms import CompressionConfig
 from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers import loading
+from sparsemm_lmms.model_wrappers import llava_next, loading, qwen2_vl
 from sparsemm_lmms.model_wrappers.arguments import (
     RunOptions,
     known_settings,
@@ -18,7 +18,7 @@ from sparsemm_lmms.model_wrappers.arguments import (
     unused_settings,
 )
 from sparsemm_lmms.model_wrappers.llava_next import LlavaNext, LlavaNextSnapkv
-from sparsemm_lmms.model_wrappers.loading import check_machine, load_checkpoint, read_device_map, resolve_device
+from sparsemm_lmms.model_wrappers.loading import check_possible, load_checkpoint, read_device_map, resolve_device
 from sparsemm_lmms.model_wrappers.qwen2_vl import Qwen2VL
 
 LLAVA, QWEN = LlavaNext.family, Qwen2VL.family
@@ -91,7 +91,6 @@ def test_a_system_prompt_can_be_switched_off() -> None:
         (QWEN, "snapkv", {"max_pixels": ""}, "max_pixels= is empty"),
         (QWEN, "sparsemm", {"head_scores": " "}, "head_scores= is empty"),
         (QWEN, "fullkv", {"budget": -5}, "budget=-5 must be at least 1"),
-        (QWEN, "mask_random", {"mask_ratio": "0.8"}, "mask_ratio=0.8 is too much for mask_random.*at most 0.5"),
         (QWEN, "random", {"ratio": "1" + "0" * 400}, "is not a finite number"),
         (QWEN, "snapkv", {"self": 1}, "Unknown argument of qwen2_vl_snapkv 'self'"),
     ],
@@ -196,25 +195,34 @@ def test_flash_attention_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> N
     options = RunOptions("p", attn_implementation="flash_attention_2")
     monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(ValueError, match="attn_implementation=flash_attention_2 needs the flash-attn package"):
-        check_machine(options, CompressionConfig(), torch.device("cuda"))
+        check_possible(options, CompressionConfig(), torch.device("cuda"))
     monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
-    check_machine(options, CompressionConfig(), torch.device("cuda"))
+    check_possible(options, CompressionConfig(), torch.device("cuda"))
     with pytest.raises(ValueError, match="runs on CUDA only, not on cpu"):
-        check_machine(options, CompressionConfig(), torch.device("cpu"))
+        check_possible(options, CompressionConfig(), torch.device("cpu"))
 
 
 def test_triton_needs_cuda_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CompressionConfig(kernel_backend="triton")
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    check_machine(RunOptions("p"), config, torch.device("cuda"))
+    check_possible(RunOptions("p"), config, torch.device("cuda"))
     with pytest.raises(ValueError, match="kernel_backend=triton runs on CUDA only, not on cpu"):
-        check_machine(RunOptions("p"), config, torch.device("cpu"))
+        check_possible(RunOptions("p"), config, torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    check_machine(RunOptions("p"), config, torch.device("cpu"))
+    check_possible(RunOptions("p"), config, torch.device("cpu"))
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the triton package"):
-        check_machine(RunOptions("p"), config, torch.device("cuda"))
+        check_possible(RunOptions("p"), config, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", ["LlavaNextMaskRandom", "Qwen2VLMaskRandom"])
+def test_a_mask_that_leaves_too_few_heads(name: str) -> None:
+    variants = {**vars(llava_next), **vars(qwen2_vl)}
+    with pytest.raises(ValueError, match=r"mask_ratio=0.51 leaves too few heads for mask_random.*at most 0.5"):
+        variants[name].create_from_arg_string("pretrained=demo,device=cpu,mask_ratio=0.51")
+    for method, ratio in (("mask_random", 0.5), ("mask", 1.0)):
+        check_possible(RunOptions("p"), CompressionConfig(method, mask_ratio=ratio), torch.device("cpu"))
 
 
 def test_pixel_limits_that_contradict_the_checkpoint(
