@@ -104,11 +104,17 @@ def _scores(method: Method, query: Tensor, key: Tensor, scaling: float, pads: li
 
 
 def _best(scores: Tensor, most: int) -> Tensor:
-    """Columns of the `most` best scores of each head, the best first: int64 `[batch, kv_heads, most]`."""
+    """Columns of the `most` best scores of each head, the best first: int64 `[batch, kv_heads, most]`.
+
+    Of equal scores the newer column is better. Counted from the right, places do not depend on the padding, and a
+    stable sort depends neither on the device nor on the instruction set. Ties are common: maxpool makes them.
+    """
+    last, newest_first = scores.shape[-1] - 1, scores.flip(-1)
     if scores.is_cuda:
-        return torch.topk(scores, most, dim=-1).indices
-    # where many are wanted, NumPy sorts a whole row in half the time that torch takes on a CPU
-    return torch.from_numpy(np.argsort(-scores.numpy(), axis=-1)[..., :most])
+        order = newest_first.sort(dim=-1, descending=True, stable=True).indices
+    else:  # NumPy sorts a row in half the time that torch takes on a CPU
+        order = torch.from_numpy(np.argsort(-newest_first.numpy(), axis=-1, kind="stable"))
+    return last - order[..., :most]
 
 
 def _gather_columns(prefix: Tensor, outside: np.ndarray, pads: list[int], columns: int, window: int) -> Selection:

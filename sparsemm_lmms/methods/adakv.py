@@ -37,11 +37,15 @@ class AdaKV(Method):
         """How many of the layer's best `base * kv_heads` tokens belong to each head (int64 `[batch, kv_heads]`)."""
         heads, length = scores.shape[1:]
         base = min(self.config.base, length)
-        ranked = scores.sort(dim=-1, descending=True).values  # -inf of the padding comes last
+        weighted = scores
         if self.config.normalize:
-            mass = ranked.clamp_min(0)
-            ranked = ranked * (mass[..., :base].sum(-1, keepdim=True) / mass.sum(-1, keepdim=True).clamp_min(1e-38))
-        best = torch.topk(ranked.flatten(1), base * heads, dim=-1).indices // max(length, 1)
+            # float64: sums must not depend on how many columns of padding they run over
+            mass = scores.clamp_min(0).sort(dim=-1, descending=True).values.double()
+            share = mass[..., :base].sum(-1, keepdim=True) / mass.sum(-1, keepdim=True).clamp_min(1e-38)
+            weighted = (scores * share.float()).masked_fill(scores == float("-inf"), float("-inf"))  # not 0 * -inf
+        # of equal scores the newer column is better, then the lower head: see `selection._best`
+        newest_first = weighted.flip(-1).transpose(1, 2).flatten(1)
+        best = newest_first.sort(dim=-1, descending=True, stable=True).indices[:, : base * heads] % heads
         return torch.zeros(scores.shape[:2], dtype=torch.int64, device=scores.device).scatter_add_(
             1, best, torch.ones_like(best)
         )
