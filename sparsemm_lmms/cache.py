@@ -72,6 +72,8 @@ class RaggedLayer(CacheLayerMixin):
         self.prompt_lengths: tuple[int, ...] = ()
         self.longest = 0  # rows of the largest segment: picks launches, and is the same at every step of a layout
         self.columns = self.seen = self.appended = 0
+        self.taken = 0  # tokens of the window that were taken back since the last compression
+        self.padded_until = 0  # `appended` after the last pass that brought padding: later columns are all real
         self.is_initialized = False
 
     # -- what transformers asks of a layer ---------------------------------------------------------------------------
@@ -148,6 +150,8 @@ class RaggedLayer(CacheLayerMixin):
         checked = tokens == 1 and self.checked
         append(*store, self.capacity, *new, self.overflow, new_count, checked=checked, backend=backend)
         self.appended += tokens
+        if new_count is not None:
+            self.padded_until = self.appended
         output = ragged_decode(
             query,
             *store,
@@ -166,15 +170,14 @@ class RaggedLayer(CacheLayerMixin):
 
     def _compress_again(self, query: Tensor, scaling: float) -> None:
         """Choose what the one sequence keeps of all it holds, the newest tokens included (see `reselect`)."""
-        held = self.kept[0] + self.appended
-        longest, seen = int(held.max()), self.prompt_lengths[0] + self.appended
+        held = self.length[0].cpu().numpy().astype(np.int64)  # not `appended`, which counts padding as well
+        new = int(held[0] - self.kept[0, 0])
+        longest, seen = int(held.max()), self.prompt_lengths[0] + new
         device = self.keys.device
         column = torch.arange(longest, device=device)
         slot = (column - (longest - torch.as_tensor(held, device=device)[:, None])).clamp(min=0)  # right-aligned
         key, value = (x[self.start[0, :, None] + slot][None] for x in (self.keys, self.values))
         chosen = reselect(self.method, self.layer_idx, query, key, scaling, held, seen)
-        if chosen is None:
-            return
         kept = torch.as_tensor(self.kept[0], device=device)[:, None]
         last = self.index.shape[2] - 1
         columns = torch.where(
@@ -183,18 +186,30 @@ class RaggedLayer(CacheLayerMixin):
         picked = chosen.index.long().clamp(max=longest - 1)
         self.index = columns[None].gather(2, picked).to(torch.int32)
         self._store(key, value, chosen.index, chosen.counts)
-        self.columns, self.prompt_lengths, self.appended = self.columns + self.appended, (seen,), 0
+        self.columns, self.prompt_lengths = self.columns + new, (seen,)
+        self.appended = self.taken = self.padded_until = 0
 
     def take_back(self, tokens: int, counts: Tensor | None = None) -> None:
         """See `RaggedCache.take_back`."""
         into = tokens - self.appended  # tokens of the prompt
-        window = min(self.method.config.window_size, *self.prompt_lengths) - 1
+        whole = (length + self.taken for length in self.prompt_lengths)
+        window = min(self.method.config.window_size, *whole) - 1 - self.taken
         if into > window or (into > 0 and counts is not None):
-            raise ValueError(f"{tokens} tokens cannot be taken back: {self.appended} came after the last compression.")
+            raise ValueError(
+                f"{tokens} tokens cannot be taken back: {self.appended} came after the last compression, and {window} "
+                "of its window are left."
+            )
+        if counts is None and self.padded_until and tokens > self.appended - self.padded_until:
+            raise ValueError(
+                f"{tokens} tokens cannot be taken back without counts: only the newest "
+                f"{self.appended - self.padded_until} came without padding."
+            )
         self.length -= tokens if counts is None else counts.to(self.length.device)[:, None]
         self.seen -= tokens
         self.appended -= min(tokens, self.appended)
+        self.padded_until = min(self.padded_until, self.appended)
         if into > 0:
+            self.taken += into
             self.kept, self.columns = self.kept - into, self.columns - into
             self.prompt_lengths = tuple(length - into for length in self.prompt_lengths)
 

@@ -55,7 +55,7 @@ def select(
 
 def reselect(
     method: Method, layer_idx: int, query: Tensor, key: Tensor, scaling: float, held: np.ndarray, seen: int
-) -> Selection | None:
+) -> Selection:
     """Choose again from what the heads of ONE sequence hold, judged by its newest tokens.
 
     The rules are those of the prompt, with `seen` in the place of its length; a head cannot keep more than it holds.
@@ -67,18 +67,20 @@ def reselect(
         seen: tokens of the sequence so far, evicted ones included.
 
     Returns:
-        Columns of `key` and counts, or None where everything stays.
+        Columns of `key` and counts.
     """
     heads, columns = key.shape[1:3]
     window = min(method.config.window_size, columns)
-    if not method.compresses or columns == window or seen < method.config.budget:
-        return None
     pads = [columns - int(count) for count in held]
-    rows = query[0].unflatten(0, (heads, -1))  # every head is a sequence of its own: its padding is its own
-    scores = _scores(method, rows, key.transpose(0, 1), scaling, pads)[..., : columns - window].transpose(0, 1)
-    outside = method.counts(LayerPrompt(layer_idx, scores, (seen - window,)))
-    outside = np.minimum(outside, np.maximum(held - window, 0))
-    prefix = _best(scores, int(outside.max()))
+    room = np.maximum(held - window, 0)[None]
+    if not method.compresses or columns == window or seen < method.config.budget:
+        outside = room
+        prefix = torch.arange(columns - window - 1, -1, -1, device=key.device).expand(1, heads, -1)
+    else:
+        rows = query[0].unflatten(0, (heads, -1))  # every head is a sequence of its own: its padding is its own
+        scores = _scores(method, rows, key.transpose(0, 1), scaling, pads)[..., : columns - window].transpose(0, 1)
+        outside = np.minimum(method.counts(LayerPrompt(layer_idx, scores, (seen - window,))), room)
+        prefix = _best(scores, int(outside.max()))
     chosen = _gather_columns(prefix.transpose(0, 1), outside.T, pads, columns, window)
     return Selection(chosen.index.transpose(0, 1).contiguous(), chosen.counts.T)
 
