@@ -72,13 +72,19 @@ def ragged_attention(
         )
     if kwargs.get("sliding_window") is not None:
         raise ValueError("Sliding-window attention layers cannot be compressed; use a model with full attention.")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:  # decode steps would pass over it and give other logits
+            raise ValueError(f"{type(module).__name__} uses {name}, which compressed decode steps do not know.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.is_initialized:
+        query, key, value = (x.detach().to(value.dtype) for x in (query, key, value))
         output = layer.extend(query, key, value, scale, layer.step).transpose(1, 2)
     else:
         stock = _prefill_function(prefill, module)
         output = stock(module, query, key, value, attention_mask, scaling=scale, **kwargs)[0]
-        layer.fill(query, key, value, scale, layer.step)
+        # what is stored is data, not part of a graph; under autocast the three may differ in dtype
+        stored = (x.detach().to(value.dtype) for x in (query, key, value))
+        layer.fill(*stored, scale, layer.step)
     if layer.silent is not None:
         output = output.masked_fill(layer.silent[:, None], 0)
     return output, None

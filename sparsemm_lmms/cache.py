@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import dataclass, fields
 from typing import Any
@@ -286,6 +287,13 @@ class RaggedCache(Cache):
         self.method = method
         self.step: Step | None = None
         self.compress_next = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
+        """A copy with tensors of its own, of the same session: one filled prefix can serve many questions."""
+        made = copy.copy(self)
+        memo |= {id(self): made, id(self.method): self.method}
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
 
     def begin(self, tokens: int, batch: int, attention_mask: Tensor | None, device: torch.device) -> None:
         """Note what the coming forward pass brings: which of its columns are left padding.

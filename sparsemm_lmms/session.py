@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from torch import nn
-from transformers import Cache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel, StaticCache
 
 from . import decode
 from .attention import PREFIX, register
@@ -43,13 +43,14 @@ class CompressionSession:
         self.cache = RaggedCache(self.method, max_new_tokens)
         return self.cache
 
-    def generate(self, *, cuda_graph: str = "auto", **kwargs: Any) -> Any:
-        """`model.generate(**kwargs)`, the same tokens sooner: see `sparsemm_lmms.decode`.
+    def generate(self, inputs: Tensor | None = None, *, cuda_graph: str = "auto", **kwargs: Any) -> Any:
+        """`model.generate(inputs, **kwargs)`, the same tokens sooner: see `sparsemm_lmms.decode`.
 
         Args:
             cuda_graph: `auto` captures decode steps on CUDA where possible, `on` insists, `off` is the stock loop.
         """
-        return decode.generate(self.model, cuda_graph=cuda_graph, **kwargs)
+        given = {} if inputs is None else {"inputs": inputs}
+        return decode.generate(self.model, cuda_graph=cuda_graph, **given, **kwargs)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
@@ -65,7 +66,17 @@ class CompressionSession:
         cache = given.get(CACHE_NAME)
         if given.get("use_cache") is False:
             raise ValueError("A model under sparsemm_lmms.compress needs use_cache=True.")
+        if given.get("output_attentions"):
+            raise ValueError(
+                "output_attentions=True cannot be served under sparsemm_lmms.compress: evicted tokens have no weights; "
+                "leave it out, or read the attention of the stock model."
+            )
         if not isinstance(cache, RaggedCache):
+            if isinstance(cache, StaticCache):
+                raise ValueError(
+                    f"{CACHE_NAME} is a {type(cache).__name__}; under sparsemm_lmms.compress leave "
+                    "cache_implementation out: the compressed cache takes its place."
+                )
             if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
                 raise ValueError(
                     f"{CACHE_NAME} is a filled {type(cache).__name__}; under sparsemm_lmms.compress pass the cache "
@@ -108,11 +119,16 @@ def compress(
         ...     tokens = model.generate(**inputs, max_new_tokens=64)
         ...     print(session.cache.report()["kept_tokens"])
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"compress() was given a {type(model).__name__}, which wraps a model or is none; pass the transformers "
+            "model itself (of a PeftModel `get_base_model()`, of a compiled or parallel wrapper the module inside)."
+        )
+    _check_architecture(model)
     text = model.config.get_text_config(decoder=True)
     before = text._attn_implementation
     if before.startswith(PREFIX):
         raise ValueError("This model is already under sparsemm_lmms.compress; leave the first `with` block before.")
-    _check_architecture(model)
     scores = HeadScores.load(head_scores) if isinstance(head_scores, str) else head_scores
     session = CompressionSession(model, config, scores)
     key = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)
@@ -146,7 +162,23 @@ def _score_values(config: CompressionConfig, head_scores: HeadScores | None) -> 
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
+    """Refuse, by class and reason, what the decode step cannot compute as the stock model does."""
     text = model.config.get_text_config(decoder=True)
+    why = None
+    if getattr(model.config, "is_encoder_decoder", False):
+        why = "it is an encoder-decoder, whose cross-attention has a cache of its own"
+    elif getattr(text, "kv_lora_rank", None):
+        why = "its latent attention (kv_lora_rank) caches no keys and values per kv head"
+    elif getattr(text, "cross_attention_layers", None):
+        why = "it has cross-attention layers, whose keys are no part of the prompt"
+    elif not getattr(text, "num_key_value_heads", None):
+        why = f"its {type(text).__name__} names no num_key_value_heads"
+    elif getattr(text, "attn_logit_softcapping", None):
+        why = "it caps its attention logits (attn_logit_softcapping), which decode steps do not do yet"
+    elif any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
+        why = "it has attention sinks, which decode steps do not know yet"
+    if why is not None:
+        raise ValueError(f"{type(model).__name__} cannot be compressed: {why}.")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise ValueError(f"{type(model).__name__} has layers of type {sorted(kinds)}; only full attention works.")

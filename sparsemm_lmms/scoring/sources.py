@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from sparsemm_lmms.scoring.samples import PAPER_PROMPT, Box, CalibrationSample, Page, Readings, Skipped, ask
 
@@ -118,11 +119,26 @@ def _open(source: Any, name: str) -> Image.Image | Skipped:
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # lmms-eval's tasks set it
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
+            return _as_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return Skipped(name, f"is not a readable image ({error}).")
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: turned by its EXIF tag, 16 bits scaled to 8, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        low, high = (0.0, 65535.0) if image.mode.startswith("I") else (0.0, 1.0)
+        if values.min() < low or values.max() > high:
+            raise ValueError(f"mode {image.mode} with values outside {low:g} to {high:g}")
+        image = Image.fromarray(np.rint((values - low) * 255 / (high - low)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _folder_page(file: Path) -> Page | Skipped:

@@ -1,0 +1,111 @@
+"""What `compress` refuses at its door, and what it takes as stock transformers does."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsemm_lmms import CompressionConfig, compress
+from sparsemm_lmms.cache import CACHE_NAME
+from sparsemm_lmms.scoring.sources import open_image
+
+SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+TOKENS = dict(pad_token_id=0, eos_token_id=None, bos_token_id=None)
+SNAPKV = CompressionConfig(method="snapkv", budget=12, window_size=4)
+FULL = CompressionConfig(method="fullkv")
+IDS = torch.randint(3, 64, (1, 30), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **TOKENS, num_key_value_heads=2)).eval()
+
+
+def refuses(model, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence), compress(model, FULL):
+        pass
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_wrappers_are_named(model, wrap) -> None:
+    refuses(wrap(model), "OptimizedModule, which wraps|DataParallel, which wraps")
+
+
+@pytest.mark.parametrize(
+    "name, more, sentence",
+    [
+        ("OPTConfig", dict(ffn_dim=48, word_embed_proj_dim=32), "OPTConfig names no num_key_value_heads"),
+        ("Gemma2Config", dict(num_key_value_heads=2, head_dim=8), "full attention|attn_logit_softcapping"),
+        (
+            "GptOssConfig",
+            dict(num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+            "attention sinks",
+        ),
+    ],
+)
+def test_decoders_that_cannot_are_named(name, more, sentence) -> None:
+    extra = {"layer_types": ["full_attention"] * 2} if name != "OPTConfig" else {}
+    config = getattr(transformers, name)(**SHAPE, **TOKENS, **more, **extra)
+    refuses(transformers.AutoModelForCausalLM.from_config(config), sentence)
+
+
+def test_autograd_and_autocast_give_the_tokens_of_stock(model) -> None:
+    want = model(input_ids=IDS).logits
+    with compress(model, SNAPKV) as session:
+        got = model(input_ids=IDS).logits
+    torch.testing.assert_close(got, want)
+    assert session.cache is not None and session.cache.layers[0].length.tolist() == [[12, 12]]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = model.generate(IDS, max_new_tokens=4, do_sample=False)
+        with compress(model, FULL) as session:
+            assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), stock)
+
+
+def test_generate_takes_the_prompt_by_place(model) -> None:
+    want = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    with compress(model, FULL) as session:
+        assert torch.equal(session.generate(IDS, max_new_tokens=4, do_sample=False), want)
+
+
+def test_attentions_and_static_caches_are_refused(model) -> None:
+    with compress(model, FULL):
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(input_ids=IDS, output_attentions=True)
+        with pytest.raises(ValueError, match="cache_implementation"):
+            model.generate(IDS, max_new_tokens=2, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_a_prefix_is_copied_for_each_question(model) -> None:
+    questions = [torch.tensor([[5, 6]]), torch.tensor([[7, 8, 9]])]
+    whole = [torch.cat([IDS, question], 1) for question in questions]
+    want = [model.generate(ids, max_new_tokens=3, do_sample=False) for ids in whole]
+    with compress(model, FULL) as session:
+        prefix = session.new_cache()
+        model(input_ids=IDS, **{CACHE_NAME: prefix})
+        for ids, stock in zip(whole, want, strict=True):
+            made = model.generate(ids, **{CACHE_NAME: copy.deepcopy(prefix)}, max_new_tokens=3, do_sample=False)
+            assert torch.equal(made, stock)
+        assert prefix.get_seq_length() == 30 and prefix.layers[0].length.tolist() == [[30, 30]]
+
+
+def test_pictures_are_what_a_viewer_shows(tmp_path) -> None:
+    page = np.full((6, 9), 255, np.uint8)
+    page[1:3, 2:5] = 0
+    grey = Image.fromarray(page)
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    grey.rotate(90, expand=True).save(tmp_path / "turned.png", exif=tag)
+    Image.fromarray(page.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    clear = np.zeros((6, 9, 4), np.uint8)
+    clear[..., 3] = 255 - page
+    Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
+    for file in tmp_path.iterdir():
+        assert np.array_equal(np.asarray(open_image(file).convert("L")), page), file.name
