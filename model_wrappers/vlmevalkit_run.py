@@ -18,8 +18,8 @@ from .vlmevalkit_names import BASES, hash_scores, is_ours, parse_name
 
 INSTALL = (
     "VLMEvalKit is not installed here; in an environment of its own (its requirements clash with lmms-eval's) run "
-    "`git clone https://github.com/open-compass/VLMEvalKit && pip install -e VLMEvalKit && pip install loguru typer rouge_score`, "
-    "add this package with `pip install --no-deps`, or name a clone's run.py with --run-py."
+    "`git clone https://github.com/open-compass/VLMEvalKit && pip install -e VLMEvalKit && pip install loguru typer "
+    "rouge_score`, add this package with `pip install --no-deps`, or name a clone's run.py with --run-py."
 )
 
 app = typer.Typer()

@@ -22,9 +22,10 @@ PRIMARY = {"sparsemm_demo_ocr": "character_accuracy"} | {task: known.metric for 
 TIE = 1e-9  # means of the same scores in another order
 LEGEND = (
     "Brackets: 95 % bootstrap interval over documents. **Bold**: best of the column. `≈` sparsemm is not "
-    "distinguishable from the best other row, `▼` it is below it (exact paired sign test where answers are right or wrong, "
-    "else the interval of the paired difference; both corrected for the number of rows compared). An interval of zero width says that all documents agree. *Italics*: sparsemm's rule "
-    "with other head scores, the controls. (paper): as published, on all documents of its benchmark."
+    "distinguishable from the best other row, `▼` it is below it (exact paired sign test where answers are right "
+    "or wrong, else the interval of the paired difference; both corrected for the number of rows compared). An "
+    "interval of zero width says that all documents agree. *Italics*: sparsemm's rule with other head scores, the"
+    " controls. (paper): as published, on all documents of its benchmark."
 )
 
 
