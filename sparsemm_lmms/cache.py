@@ -58,6 +58,7 @@ class RaggedLayer(CacheLayerMixin):
         super().__init__()
         self.layer_idx, self.method, self.room = layer_idx, method, room
         self.step: Step | None = None
+        self.closed = False
         masked = method.masked_heads()
         self.silent = None if masked is None else torch.from_numpy(masked[layer_idx])
         self.reset()
@@ -84,6 +85,11 @@ class RaggedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys and values on to the attention function, which has the queries as well."""
+        if self.closed:
+            raise RuntimeError(
+                "This cache belongs to a sparsemm_lmms.compress block that has ended: the stock attention cannot read "
+                "it. Generate, streaming threads included, inside the block."
+            )
         _handoff.layer, _handoff.key = self, key_states
         self.seen += key_states.shape[-2]
         return key_states, value_states
@@ -287,6 +293,11 @@ class RaggedCache(Cache):
         self.method = method
         self.step: Step | None = None
         self.compress_next = False
+
+    def close(self) -> None:
+        """Take no more tokens: the session is over. What is kept can still be read."""
+        for layer in self.layers:
+            layer.closed = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         """A copy with tensors of its own, of the same session: one filled prefix can serve many questions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ class CompressionSession:
         self.model, self.config = model, config
         self.method = build_method(config, model_shape(model), _score_values(config, head_scores))
         self.cache: RaggedCache | None = None
+        self._seen: weakref.WeakSet[RaggedCache] = weakref.WeakSet()
         self._signature = inspect.signature(model.forward)
         rest = [p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD]
         self._rest = rest[0] if rest else ""
@@ -86,6 +88,7 @@ class CompressionSession:
         elif cache.method is not self.method:
             raise ValueError(f"{CACHE_NAME} belongs to another compression session; call session.new_cache().")
         self.cache = cache
+        self._seen.add(cache)
         inputs = given["inputs_embeds"] if given.get("inputs_embeds") is not None else given.get("input_ids")
         if inputs is None:
             raise ValueError("The forward pass has neither input_ids nor inputs_embeds.")
@@ -140,6 +143,8 @@ def compress(
             raise ValueError(f"{type(model).__name__} does not let its attention be replaced: it cannot be compressed.")
         yield session
     finally:
+        for cache in session._seen:
+            cache.close()
         hook.remove()
         model.set_attn_implementation({key: before} if key else before)
 

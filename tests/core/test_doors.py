@@ -109,3 +109,12 @@ def test_pictures_are_what_a_viewer_shows(tmp_path) -> None:
     Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
     for file in tmp_path.iterdir():
         assert np.array_equal(np.asarray(open_image(file).convert("L")), page), file.name
+
+
+@torch.no_grad()
+def test_a_cache_ends_with_its_block(model) -> None:
+    with compress(model, FULL) as session:
+        model(input_ids=IDS)
+    assert session.cache is not None and session.cache.report()["kept_tokens"] == 30
+    with pytest.raises(RuntimeError, match="block that has ended"):
+        model(input_ids=IDS[:, :1], **{CACHE_NAME: session.cache})
