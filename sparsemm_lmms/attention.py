@@ -77,17 +77,21 @@ def ragged_attention(
             raise ValueError(f"{type(module).__name__} uses {name}, which compressed decode steps do not know.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.is_initialized:
-        query, key, value = (x.detach().to(value.dtype) for x in (query, key, value))
-        output = layer.extend(query, key, value, scale, layer.step).transpose(1, 2)
+        output = layer.extend(*_as_data(query, key, value), scale, layer.step).transpose(1, 2)
     else:
         stock = _prefill_function(prefill, module)
         output = stock(module, query, key, value, attention_mask, scaling=scale, **kwargs)[0]
-        # what is stored is data, not part of a graph; under autocast the three may differ in dtype
-        stored = (x.detach().to(value.dtype) for x in (query, key, value))
-        layer.fill(*stored, scale, layer.step)
+        layer.fill(*_as_data(query, key, value), scale, layer.step)
     if layer.silent is not None:
         output = output.masked_fill(layer.silent[:, None], 0)
     return output, None
+
+
+def _as_data(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as they are stored and read: no part of autograd's graph, of one dtype (under autocast they differ)."""
+    if torch.is_grad_enabled():
+        query, key, value = query.detach(), key.detach(), value.detach()
+    return query.to(value.dtype), key.to(value.dtype), value
 
 
 def _prefill_function(prefill: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Any]]:

@@ -252,7 +252,7 @@ class DecodeLoop:
         """The next token of every sequence, float32 `[batch, vocabulary]` -> all buffers; no host synchronisation."""
         scores = self.processors(self.ids if self.whole else self._seen(), logits)
         # NaN, +inf, or no token left: a maximum is not finite exactly then (-inf elsewhere is a processor's mask)
-        self.broken |= ~(logits.amax(-1) + scores.amax(-1)).isfinite().all()
+        self.broken |= ~scores.amax(-1).isfinite().all()
         if self.do_sample:
             # What torch.multinomial does for one sample, bit by bit, without its check, which waits for the device.
             weights = torch.softmax(scores, dim=-1)

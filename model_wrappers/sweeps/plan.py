@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lmms_eval.utils import simple_parse_args_string
 
+from ..arguments import parse_arguments
 from ..loading import read_config
 from ..records import command_line, versions
 from .cells import (
@@ -85,10 +85,7 @@ def make_plan(
     Raises:
         ValueError: one sentence for the first mistake.
     """
-    try:
-        arguments = simple_parse_args_string(model_args)
-    except ValueError:
-        raise ValueError(f"--model_args {model_args!r} is not of the form name=value,name=value.") from None
+    arguments = parse_arguments(model_args)
     models = [SweptModel(family, arguments) for family in parse_families(families)]
     if not models:
         raise ValueError("--model names no family; give llava_next, qwen2_vl or both.")
@@ -135,7 +132,10 @@ def open_sweep(sweep: Path, plan: Plan) -> None:
             shutil.rmtree(sweep / "cells")
         _refuse_other(sweep, old.get("settings", plan.settings), plan.settings)
         for label, about in models.items():
-            _refuse_other(sweep, old.get("models", {}).get(label, about), about)
+            before = dict(old.get("models", {}).get(label, about))
+            # sweeps of 0.2.0 have numbers where the command line's strings stand now
+            before["model_args"] = {name: str(value) for name, value in before["model_args"].items()}
+            _refuse_other(sweep, before, about)
         plans = {
             "settings": plan.settings,
             "models": {**old.get("models", {}), **models},

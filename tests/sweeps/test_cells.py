@@ -127,3 +127,28 @@ def test_a_sweep_whose_cells_all_failed_begins_anew(tmp_path: Path) -> None:
     open_sweep(tmp_path, plan("sparsemm_demo_ocr"))
     assert list(read_cells(tmp_path)) == []
     assert json.loads((tmp_path / "sweep.json").read_text())["settings"]["tasks"] == ["sparsemm_demo_ocr"]
+
+
+def test_arguments_of_a_sweep_are_read_as_those_of_a_model() -> None:
+    plan = make_plan(model_args="pretrained=demo,device=cpu,system_prompt=Don't guess,ratio=0.3", budgets="64")
+    assert plan.models[0].arguments == {
+        "pretrained": "demo",
+        "device": "cpu",
+        "system_prompt": "Don't guess",
+        "ratio": "0.3",
+    }
+    with pytest.raises(ValueError, match="ratio= is empty"):
+        make_plan(model_args="pretrained=demo,ratio=")
+
+
+def test_a_sweep_that_holds_numbers_goes_on(tmp_path: Path) -> None:
+    plan = make_plan(model_args="pretrained=demo,device=cpu,ratio=0.3", budgets="64")
+    open_sweep(tmp_path, plan)
+    file = tmp_path / "sweep.json"
+    old = json.loads(file.read_text())
+    (label,) = old["models"]
+    old["models"][label]["model_args"]["ratio"] = 0.3  # as 0.2.0 wrote it
+    file.write_text(json.dumps(old))
+    open_sweep(tmp_path, plan)
+    with pytest.raises(ValueError, match="other settings"):
+        open_sweep(tmp_path, make_plan(model_args="pretrained=demo,device=cpu,ratio=0.2", budgets="64"))

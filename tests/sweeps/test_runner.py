@@ -121,7 +121,7 @@ def test_only_what_is_missing_runs(swept: Path, tmp_path: Path) -> None:
 def test_methods_and_budgets_may_be_added_but_settings_stay(swept: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other settings .limit 2 there, 3 here; seed 0 there, 4 here.; repeat its"):
         do(swept, limit=3, seed=4)
-    with pytest.raises(ValueError, match="model_args .* there, .*'ratio': 0.3.* here"):
+    with pytest.raises(ValueError, match="model_args .* there, .*'ratio': '0.3'.* here"):
         do(swept, model_args="pretrained=demo,device=cpu,ratio=0.3")
     do(swept, methods="local_window", budgets="48")
     assert {"local_window__b48", "sparsemm__b64"} <= set(records(swept))
