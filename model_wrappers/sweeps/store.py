@@ -96,10 +96,18 @@ def read_cell(folder: Path) -> CellRecord:
     """
     try:
         values = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        return CellRecord(**values, samples=tuple(Sample(**json.loads(line)) for line in lines))
-    except (TypeError, json.JSONDecodeError, FileNotFoundError) as error:
+        lines = _lines((folder / "samples.jsonl").read_text(encoding="utf-8"))
+        record = CellRecord(**values, samples=tuple(Sample(**json.loads(line)) for line in lines))
+        if record.name != folder.name:  # the name says where more files of the cell are looked for
+            raise ValueError(f"its cell.json calls itself {record.name!r}")
+        return record
+    except (TypeError, ValueError, FileNotFoundError, RecursionError) as error:
         raise ValueError(f"{folder} is not a complete cell of a sweep ({error}); delete it and run again.") from error
+
+
+def _lines(text: str) -> list[str]:
+    """The lines that we wrote. `str.splitlines` would also split at U+0085, U+2028 and others inside an answer."""
+    return [line for line in text.split("\n") if line]
 
 
 def read_cells(sweep: Path) -> Iterator[CellRecord]:
@@ -131,12 +139,15 @@ def _read_compact(path: Path) -> Iterator[CellRecord]:
     if not path.exists():
         return
     try:
-        for line in lzma.decompress(path.read_bytes()).decode().splitlines():
+        for line in _lines(lzma.decompress(path.read_bytes()).decode()):
             values = json.loads(line)
             samples = [dict(zip(values["sample_fields"], row, strict=True)) for row in values.pop("samples")]
             del values["sample_fields"]
-            yield CellRecord(**values, samples=tuple(Sample(**sample) for sample in samples))
-    except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError) as error:
+            record = CellRecord(**values, samples=tuple(Sample(**sample) for sample in samples))
+            if record.name in ("", "..") or Path(record.name).name != record.name:
+                raise ValueError(f"a cell calls itself {record.name!r}, which is no name of a folder")
+            yield record
+    except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not what a sweep wrote ({error}); restore it from where it came.") from error
 
 
