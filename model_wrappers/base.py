@@ -12,6 +12,7 @@ from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
+from transformers import BatchFeature
 
 from ..methods import METHODS
 from ..session import CompressionSession, compress
@@ -101,18 +102,25 @@ class CompressedChatModel(CompressedModel, lmms):
         with self._running(requests, self.options.skip_oom) as (session, statistics, guard, bar):
 
             def answer(picked: Sequence[tuple[int, Prompt]]) -> None:
-                asked = [requests[i] for i, _ in picked]
-                batch = engine.answer(session, [prompt for _, prompt in picked], self._generation(asked[0]))
+                asked, prompts = [requests[i] for i, _ in picked], [prompt for _, prompt in picked]
+                with host_requests.naming(asked, "cannot be answered"):
+                    inputs = self._inputs(engine, asked, prompts)
+                    batch = engine.answer(session, prompts, self._generation(asked[0]), inputs)
                 statistics.add(batch, [not host_requests.is_padding(request) for request in asked])
                 for (i, prompt), reply in zip(picked, batch.answers, strict=True):
                     results[i] = GenerationResult(reply.text, CacheTokenCounts.of(reply, batch))
                     self.cache_hook.add_partial("generate_until", (prompt.text, requests[i].args[2]), reply.text)
 
             def load(i: int) -> Prompt:
-                return engine.prompt(host_requests.conversation(requests[i], self.task_dict))
+                with host_requests.naming([requests[i]]):
+                    return engine.prompt(host_requests.conversation(requests[i], self.task_dict))
+
+            def size(i: int, prompt: Prompt) -> int:
+                with host_requests.naming([requests[i]]):
+                    return engine.size(prompt)
 
             for group in host_requests.by_settings(requests):
-                for picked in host_requests.by_size(group, load, engine.size, self.batch_size):
+                for picked in host_requests.by_size(group, load, size, self.batch_size):
                     guard(picked, answer)
                     bar.update(len(picked))
             results |= {i: GenerationResult("") for i in guard.skipped}
@@ -129,7 +137,10 @@ class CompressedChatModel(CompressedModel, lmms):
         with self._running(requests) as (session, statistics, guard, bar):
 
             def answer(picked: Sequence[tuple[int, Document]]) -> None:
-                found, batch = score(engine, session, [document for _, document in picked])
+                asked, documents = [requests[i] for i, _ in picked], [document for _, document in picked]
+                with host_requests.naming(asked, "cannot be scored"):
+                    inputs = self._inputs(engine, asked, [document.prompt for document in documents])
+                    found, batch = score(engine, session, documents, inputs)
                 statistics.add(batch, [not host_requests.is_padding(requests[i]) for i, _ in picked])
                 for (first, _), scores in zip(picked, found, strict=True):
                     for i, likelihood in zip(members[first], scores, strict=True):
@@ -137,10 +148,15 @@ class CompressedChatModel(CompressedModel, lmms):
 
             def load(first: int) -> Document:
                 pairs = [host_requests.choice(requests[i], self.task_dict) for i in members[first]]
-                return read_document(engine, pairs[0][0], [text for _, text in pairs])
+                with host_requests.naming([requests[first]]):
+                    return read_document(engine, pairs[0][0], [text for _, text in pairs])
+
+            def size(first: int, document: Document) -> int:
+                with host_requests.naming([requests[first]]):
+                    return engine.size(document.prompt)
 
             members = {group[0]: group for group in groups}
-            for picked in host_requests.by_size(list(members), load, lambda d: engine.size(d.prompt), self.batch_size):
+            for picked in host_requests.by_size(list(members), load, size, self.batch_size):
                 guard(picked, answer)
                 bar.update(sum(len(members[first]) for first, _ in picked))
         return [results[i] for i in range(len(requests))]
@@ -160,7 +176,8 @@ class CompressedChatModel(CompressedModel, lmms):
             def answer(picked: Sequence[tuple[int, Instance]]) -> None:
                 for i, request in picked:
                     talk = host_requests.rounds(request, self.task_dict)
-                    batches = list(converse(engine, session, talk, self._generation(request), mode))
+                    with host_requests.naming([request], "cannot be answered"):
+                        batches = list(converse(engine, session, talk, self._generation(request), mode))
                     for batch in batches:
                         statistics.add(batch, [not host_requests.is_padding(request)])
                     results[i] = [batch.answers[0].text for batch in batches]
@@ -188,6 +205,17 @@ class CompressedChatModel(CompressedModel, lmms):
             share = f"{len(guard.skipped)} of {len(requests)} requests"
             logger.warning(f"{share} did not fit into memory and count as empty answers: {names}.")
         self._log(statistics)
+
+    @staticmethod
+    def _inputs(engine: Engine, requests: Sequence[Instance], prompts: Sequence[Prompt]) -> BatchFeature:
+        """What the processor makes of a batch; where it refuses, the document that it refuses is named."""
+        try:
+            return engine.batch_inputs(prompts)
+        except Exception:
+            for request, prompt in zip(requests, prompts, strict=True):
+                with host_requests.naming([request], "cannot be processed"):
+                    engine.batch_inputs([prompt])
+            raise
 
     def _generation(self, request: Instance) -> GenerationSettings:
         """The generation settings of a request; what has no effect here is named once."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lmms_eval.evaluator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from loguru import logger
+from PIL import ImageFile
 
 from .engine import Conversation
 from .host import wrap
+from .memory import is_out_of_memory
 
 LIKELIHOOD_TASKS = ("loglikelihood", "multiple_choice")
 
@@ -34,14 +37,38 @@ def describe(request: Instance) -> str:
     return f"Document {doc_id} of task {task} ({split})"
 
 
-def read(request: Instance, documents: dict[str, Any], build: Callable[[Any], Any]) -> Any:
-    """`build(document)`, with the document named in the log where that fails."""
-    doc_id, task, split = document_of(request)
+@contextmanager
+def naming(requests: Sequence[Instance], what: str = "cannot be read") -> Iterator[None]:
+    """Whatever fails inside names these documents, and broken images are refused although the host lets them pass.
+
+    Raises:
+        ValueError: for any fault of a document, in one sentence. Errors of the machine (memory, CUDA) and what a model
+            cannot do keep their type; the log names the documents.
+    """
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # lmms-eval's tasks set it
+    names = ", ".join(map(describe, requests))
     try:
-        return build(documents[task][split][doc_id])
-    except Exception:
-        logger.error(f"{describe(request)} cannot be read.")  # the cause follows
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):  # MemoryGuard speaks of those
+            logger.error(f"{names} {what}.")  # the cause follows
         raise
+    except Exception as error:
+        if hasattr(error, "document"):  # named further inside
+            raise
+        cause = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        named = ValueError(f"{names} {what}: {cause}")
+        named.document = names  # type: ignore[attr-defined]
+        raise named from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def read(request: Instance, documents: dict[str, Any], build: Callable[[Any], Any]) -> Any:
+    """`build(document)`, with the document named where that fails."""
+    doc_id, task, split = document_of(request)
+    with naming([request]):
+        return build(documents[task][split][doc_id])
 
 
 def conversation(request: Instance, documents: dict[str, Any]) -> Conversation:
@@ -103,7 +130,7 @@ def is_padding(request: Instance) -> bool:
 
 
 def by_size(
-    indices: Sequence[int], load: Callable[[int], Any], size: Callable[[Any], int], batch_size: int, ahead: int = 8
+    indices: Sequence[int], load: Callable[[int], Any], size: Callable[[int, Any], int], batch_size: int, ahead: int = 8
 ) -> Iterator[list[tuple[int, Any]]]:
     """Batches of (index, loaded item) with items of similar size together, large ones first.
 
@@ -114,7 +141,7 @@ def by_size(
     for start in range(0, len(indices), window):
         items = [(i, load(i)) for i in indices[start : start + window]]
         if batch_size > 1:
-            items.sort(key=lambda item: -size(item[1]))
+            items.sort(key=lambda item: -size(*item))
         for first in range(0, len(items), batch_size):
             yield items[first : first + batch_size]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 from ..cache import CACHE_NAME
 from ..session import CompressionSession
@@ -73,11 +74,14 @@ def read_document(engine: Engine, conversation: Conversation, answers: Sequence[
 
 
 def score(
-    engine: Engine, session: CompressionSession, documents: Sequence[Document]
+    engine: Engine, session: CompressionSession, documents: Sequence[Document], inputs: BatchFeature | None = None
 ) -> tuple[list[list[Likelihood]], Batch]:
-    """Likelihoods of all answers of some documents, one prefill for all and one pass for the n-th answers of each."""
+    """Likelihoods of all answers of some documents, one prefill for all and one pass for the n-th answers of each.
+
+    `inputs` are those of the documents' prompts where they are at hand.
+    """
     prompts = [document.prompt for document in documents]
-    inputs = engine.batch_inputs(prompts)
+    inputs = engine.batch_inputs(prompts) if inputs is None else inputs
     dropped = torch.tensor([document.dropped for document in documents], device=inputs["input_ids"].device)
     end = inputs["input_ids"].shape[1] - dropped
     ends = [end]

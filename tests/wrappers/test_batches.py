@@ -84,12 +84,16 @@ def test_eight_together_are_eight_alone(
 def test_similar_sizes_share_a_batch_and_few_items_are_held() -> None:
     held = []
     sizes = [5, 1, 9, 2, 8, 7, 3, 3, 6, 4]
-    batches = [[i for i, _ in b] for b in by_size(range(10), lambda i: held.append(i) or sizes[i], abs, 2, ahead=3)]
+
+    def size(i: int, item: int) -> int:
+        return abs(item)
+
+    batches = [[i for i, _ in b] for b in by_size(range(10), lambda i: held.append(i) or sizes[i], size, 2, ahead=3)]
     assert batches == [[2, 4], [5, 0], [3, 1], [8, 9], [6, 7]]
     held.clear()
-    next(iter(by_size(range(10), lambda i: held.append(i) or sizes[i], abs, 2, ahead=3)))
+    next(iter(by_size(range(10), lambda i: held.append(i) or sizes[i], size, 2, ahead=3)))
     assert held == [0, 1, 2, 3, 4, 5]
-    assert [i for batch in by_size([4, 2, 0], lambda i: i, abs, 1) for i, _ in batch] == [4, 2, 0]
+    assert [i for batch in by_size([4, 2, 0], lambda i: i, size, 1) for i, _ in batch] == [4, 2, 0]
 
 
 @pytest.fixture
