@@ -316,12 +316,26 @@ class RaggedCache(Cache):
         if tokens == 1 and seen and not self.compress_next and self.step == Step((1,) * batch, 1):
             return  # one more token for every sequence, which is never padding: every layer knows
         self.step = _read_step(tokens, batch, attention_mask, seen, device)
+        if seen and tokens > 1 and attention_mask is not None:
+            self._check_mask_of_the_past(attention_mask[:, :seen])
         if self.compress_next:
             if batch != 1 or self.step.new_count is not None:
                 raise ValueError("Only one conversation at a time, without padding, can be compressed again.")
             self.step.compress, self.compress_next = True, False
         for layer in self.layers:
             layer.step = self.step
+
+    def _check_mask_of_the_past(self, mask: Tensor) -> None:
+        """A segment holds exactly what may be attended to: a later mask cannot hide some of it, or bring some back."""
+        layer = self._filled(0)
+        appended = layer.length[:, 0].cpu() - torch.from_numpy(layer.kept[:, 0])
+        real = [a + b for a, b in zip(layer.prompt_lengths, appended.tolist(), strict=True)]
+        shown = mask.bool().sum(1).tolist()
+        if shown != real:
+            raise ValueError(
+                f"attention_mask shows {shown} tokens of the earlier passes, which brought {real}; a compressed cache "
+                "attends to all that it keeps, so pass the mask of those passes, extended by the new tokens."
+            )
 
     def activate_past_recording(self) -> None:
         raise ValueError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from . import decode
 from .attention import PREFIX, register
@@ -54,6 +55,29 @@ class CompressionSession:
         given = {} if inputs is None else {"inputs": inputs}
         return decode.generate(self.model, cuda_graph=cuda_graph, **given, **kwargs)
 
+    def _adopt(self, cache: Any) -> RaggedCache:
+        """Make the caller's own empty DynamicCache (of a hand-written loop, or of generate) the compressed one.
+
+        It stays the same object, so whoever holds it for the next turn holds what this one left in it.
+        """
+        if type(cache) is not DynamicCache or cache.offloading:
+            kind = (
+                f"an offloaded {type(cache).__name__}" if getattr(cache, "offloading", False) else type(cache).__name__
+            )
+            raise ValueError(
+                f"{CACHE_NAME} is {kind}, which cannot be compressed; leave {CACHE_NAME} and cache_implementation out, "
+                "or pass session.new_cache() or an empty DynamicCache."
+            )
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                f"{CACHE_NAME} is a DynamicCache with {cache.get_seq_length()} tokens from outside of this "
+                "sparsemm_lmms.compress block; pass an empty one, or session.new_cache(), and the whole prompt."
+            )
+        fresh = self.new_cache()
+        cache.__class__ = RaggedCache
+        vars(cache).update(vars(fresh))
+        return cache
+
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
         if OLD_CACHE_NAME in kwargs and CACHE_NAME not in kwargs:
@@ -73,18 +97,10 @@ class CompressionSession:
                 "output_attentions=True cannot be served under sparsemm_lmms.compress: evicted tokens have no weights; "
                 "leave it out, or read the attention of the stock model."
             )
-        if not isinstance(cache, RaggedCache):
-            if isinstance(cache, StaticCache):
-                raise ValueError(
-                    f"{CACHE_NAME} is a {type(cache).__name__}; under sparsemm_lmms.compress leave "
-                    "cache_implementation out: the compressed cache takes its place."
-                )
-            if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
-                raise ValueError(
-                    f"{CACHE_NAME} is a filled {type(cache).__name__}; under sparsemm_lmms.compress pass the cache "
-                    "of session.new_cache() or none."
-                )
+        if cache is None:
             cache = self.new_cache()
+        elif not isinstance(cache, RaggedCache):
+            cache = self._adopt(cache)
         elif cache.method is not self.method:
             raise ValueError(f"{CACHE_NAME} belongs to another compression session; call session.new_cache().")
         self.cache = cache
@@ -138,6 +154,7 @@ def compress(
     name = register(before)
     model.set_attn_implementation({key: name} if key else name)
     hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
+    model._prepare_cache_for_generation = partial(_prepare_cache, model._prepare_cache_for_generation)
     try:
         if text._attn_implementation != name:
             raise ValueError(f"{type(model).__name__} does not let its attention be replaced: it cannot be compressed.")
@@ -146,7 +163,20 @@ def compress(
         for cache in session._seen:
             cache.close()
         hook.remove()
+        del model._prepare_cache_for_generation
         model.set_attn_implementation({key: before} if key else before)
+
+
+def _prepare_cache(stock: Callable[..., None], generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+    """`model._prepare_cache_for_generation`, after a look at what only generate knows of a call."""
+    for name, fine in (("prefill_chunk_size", (None,)), ("cache_implementation", (None, "dynamic"))):
+        value = getattr(generation_config, name, None)
+        if value not in fine:
+            raise ValueError(
+                f"{name}={value!r} cannot be served under sparsemm_lmms.compress, where heads choose what to keep once "
+                "they have seen the whole prompt, in a cache of its own; leave it out."
+            )
+    stock(generation_config, *args, **kwargs)
 
 
 def model_shape(model: PreTrainedModel) -> Model:

@@ -72,7 +72,10 @@ def test_compressing_again_after_padding_keeps_real_tokens() -> None:
     second = driver.put(5, 2, mask)  # one real token of 5 in the second row
     driver.cache.batch_select_indices(torch.tensor([1]))
     driver.cache.compress_next = True
-    third = driver.put(3, 1, torch.ones(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"shows \[14\] tokens of the earlier passes, which brought \[10\]"):
+        driver.put(3, 1, torch.ones(1, 17, dtype=torch.long))
+    driver.cache.compress_next = True
+    third = driver.put(3, 1, torch.cat([mask[1:], torch.ones(1, 3, dtype=torch.long)], 1))
     layer = driver.cache.layers[0]
     real = torch.cat([first[1, 0], second[1, 0, -1:], third[0, 0]])
     start, length = int(layer.start[0, 0]), int(layer.length[0, 0])

@@ -74,12 +74,68 @@ def test_generate_takes_the_prompt_by_place(model) -> None:
         assert torch.equal(session.generate(IDS, max_new_tokens=4, do_sample=False), want)
 
 
-def test_attentions_and_static_caches_are_refused(model) -> None:
+def test_what_a_compressed_cache_cannot_serve_is_refused(model) -> None:
+    filled = getattr(model(input_ids=IDS[:, :4]), CACHE_NAME)
     with compress(model, FULL):
         with pytest.raises(ValueError, match="output_attentions"):
             model(input_ids=IDS, output_attentions=True)
-        with pytest.raises(ValueError, match="cache_implementation"):
-            model.generate(IDS, max_new_tokens=2, cache_implementation="static")
+        for name, value in (
+            ("cache_implementation", "static"),
+            ("cache_implementation", "quantized"),
+            ("cache_implementation", "offloaded"),
+            ("prefill_chunk_size", 8),
+        ):
+            with pytest.raises(ValueError, match=f"{name}={value!r} cannot be served"):
+                model.generate(IDS, max_new_tokens=2, **{name: value})
+        caches = {
+            "is a DynamicCache with 4 tokens": filled,
+            "is StaticCache": transformers.StaticCache(config=model.config, max_cache_len=40),
+            "is tuple": (),
+        }
+        for sentence, cache in caches.items():
+            with pytest.raises(ValueError, match=sentence):
+                model(input_ids=IDS, **{CACHE_NAME: cache})
+        mask = torch.ones(1, 32, dtype=torch.long)
+        cache = getattr(model(input_ids=IDS), CACHE_NAME)
+        mask[0, 5] = 0
+        with pytest.raises(ValueError, match="tokens of the earlier passes"):
+            model(input_ids=IDS[:, :2], attention_mask=mask, **{CACHE_NAME: cache})
+    assert "_prepare_cache_for_generation" not in vars(model)
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False, prefill_chunk_size=8).shape == (1, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["fullkv", "snapkv"])
+def test_an_empty_cache_of_the_caller_is_the_one_that_is_used(model, method) -> None:
+    config = FULL if method == "fullkv" else SNAPKV
+
+    def loop(cache):
+        out = model(input_ids=IDS, **{CACHE_NAME: cache})
+        tokens = [out.logits[:, -1].argmax(-1)]
+        for _ in range(5):
+            tokens.append(model(input_ids=tokens[-1][:, None], **{CACHE_NAME: cache}).logits[:, -1].argmax(-1))
+        return torch.stack(tokens, 1)
+
+    def turns(cache):
+        ids = IDS
+        for question in ([5, 6, 7], [9]):
+            ids = model.generate(ids, max_new_tokens=4, do_sample=False, **{CACHE_NAME: cache})
+            ids = torch.cat([ids, torch.tensor([question])], 1)
+        return ids
+
+    stock = loop(transformers.DynamicCache()), turns(transformers.DynamicCache())
+    with compress(model, config) as session:
+        ours = loop(session.new_cache()), turns(session.new_cache())
+        mine = transformers.DynamicCache(config=model.config), transformers.DynamicCache()
+        got = loop(mine[0]), turns(mine[1])
+        assert session.cache is mine[1]
+        kept = [[cache.report()["kept_tokens"], cache.get_seq_length()] for cache in mine]
+    assert all(torch.equal(a, b) for a, b in zip(got, ours, strict=True))
+    if method == "fullkv":
+        assert all(torch.equal(a, b) for a, b in zip(got, stock, strict=True))
+    else:
+        assert [pair[0] for pair in kept] == [12, 12]
+    assert [pair[1] for pair in kept] == [35, 40]
 
 
 @torch.no_grad()
