@@ -1,0 +1,205 @@
+"""Reading JSON that somebody else may have written or cut: bounded in size and depth, each defect one sentence.
+
+Every error is a `ValueError` (`FileNotFoundError` for a missing file) that names the file, what is wrong with it and
+the mend. Importing this module needs neither NumPy nor torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+LARGEST = 256 * 2**20
+"""Bytes of a file that are read; more is refused."""
+DEEPEST = 100
+"""Objects and lists inside each other."""
+MOST_DIGITS = 40
+"""Of a whole number: each that is read fits a float."""
+
+_OBJECT, _LIST = "an object", "a list"
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: _OBJECT, list: _LIST}
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_bytes(path: str | os.PathLike[str], what: str, mend: str, limit: int = LARGEST) -> bytes:
+    """The content of a regular file; a FIFO, a device or a folder is refused without being opened.
+
+    Args:
+        what: the kind of file, as a sentence begins with it: `"Score file"`.
+        mend: what the user can do, as a sentence ends with it: `"give the file that ... wrote"`.
+        limit: bytes.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for another kind of thing, a longer file, or one that cannot be read.
+    """
+    where = f"{what} {os.fspath(path)}"
+    try:
+        mode = os.stat(path).st_mode
+        content = b""
+        if stat.S_ISREG(mode):
+            with open(path, "rb") as file:
+                content = file.read(limit + 1)
+    except OSError as error:
+        if error.errno in _MISSING:
+            raise FileNotFoundError(f"{where} does not exist; {mend}.") from None
+        raise ValueError(f"{where} cannot be read ({error.strerror}); {mend}.") from None
+    except ValueError as error:  # of the path: a NUL in it
+        raise ValueError(f"{where} is no file that can exist ({error}); {mend}.") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{where} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; {mend}.")
+    if len(content) > limit:
+        raise ValueError(f"{where} is longer than {limit} bytes; {mend}.")
+    return content
+
+
+def read_text(path: str | os.PathLike[str], what: str, mend: str, limit: int = LARGEST) -> str:
+    """The content of a regular UTF-8 file; arguments and errors of `read_bytes`, and ValueError for other text."""
+    return _decoded(read_bytes(path, what, mend, limit), f"{what} {os.fspath(path)}", mend)
+
+
+def read_json(
+    path: str | os.PathLike[str], what: str, mend: str, limit: int = LARGEST, unique_keys: bool = False
+) -> Any:
+    """The value in a JSON file. `checked` says whether it is the one that was expected.
+
+    Args:
+        what, mend, limit: as in `read_bytes`.
+        unique_keys: refuse an object that has a key twice, where otherwise the last one counts.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for all that `read_bytes`, `read_text` and `parse_json` refuse.
+    """
+    where = f"{what} {os.fspath(path)}"
+    return parse_json(read_bytes(path, what, mend, limit), where, mend, unique_keys)
+
+
+def parse_json(text: str | bytes, where: str, mend: str, unique_keys: bool = False) -> Any:
+    """The value that UTF-8 JSON text says; NaN and infinite numbers are let through.
+
+    Args:
+        where: what is read, as a sentence begins with it: `"Score file a.json"`.
+
+    Raises:
+        ValueError: for other text, values nested deeper than `DEEPEST`, whole numbers of more than `MOST_DIGITS`
+            digits, halves of surrogate pairs (which no file can hold), and keys that stand twice if `unique_keys`.
+    """
+    if isinstance(text, bytes):
+        text = _decoded(text, where, mend)
+    try:
+        value = json.loads(text, parse_int=_whole, object_pairs_hook=_unique if unique_keys else None)
+        _check_depth(value)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except _Content as error:
+        raise ValueError(f"{where} {error}; {mend}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error}); {mend}.") from None
+    except RecursionError:
+        raise ValueError(f"{where} nests objects or lists deeper than {DEEPEST}; {mend}.") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half of a surrogate pair, which is no character; {mend}.") from None
+    return value
+
+
+def checked(value: Any, kind: Any, where: str, mend: str, place: str = "") -> Any:
+    """`value`, if it is of this kind.
+
+    Args:
+        kind: `str`, `int`, `float` (whole numbers too), `bool`, `dict`, `list`, `Any`, `dict[str, kind]`, `list[kind]`,
+            `kind | None`, or `{name: kind, ...}`: an object with at least these fields. A field of kind
+            `kind | None` or `Any` may be missing.
+        where: the file, as a sentence begins with it.
+        mend: what the user can do, as a sentence ends with it.
+        place: the value's place in the file.
+
+    Raises:
+        ValueError: naming the file, the place, and what stands there.
+
+    >>> checked({"budget": 64}, {"budget": int, "seed": int | None}, "Record a.json", "remake it")
+    {'budget': 64}
+    """
+    if kind is Any:
+        return value
+    if isinstance(kind, UnionType):
+        if value is None:
+            return value
+        kind = next(option for option in get_args(kind) if option is not NoneType)
+    fields = kind if isinstance(kind, Mapping) else None
+    base = dict if fields is not None else get_origin(kind) or kind
+    fits = isinstance(value, (int, float) if base is float else base)
+    if not fits or (isinstance(value, bool) and base is not bool):
+        raise ValueError(f"{where}: {place or 'its content'} is {_shown(value)}, not {_WORDS[base]}; {mend}.")
+    if fields is not None:
+        for name, inner in fields.items():
+            if name in value:
+                checked(value[name], inner, where, mend, _inside(place, name))
+            elif not (inner is Any or isinstance(inner, UnionType)):
+                raise ValueError(f"{where} lacks the field {_inside(place, name)}; {mend}.")
+    elif base is dict and get_args(kind):
+        for name, item in value.items():
+            checked(item, get_args(kind)[1], where, mend, _inside(place, name))
+    elif base is list and get_args(kind):
+        for index, item in enumerate(value):
+            checked(item, get_args(kind)[0], where, mend, f"{place}[{index}]")
+    return value
+
+
+class _Content(ValueError):
+    """What a hook finds, as the rest of a sentence about the file."""
+
+
+def _decoded(content: bytes, where: str, mend: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{where} is not UTF-8 text; {mend}.") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise _Content(f"holds a number of {len(digits)} digits, more than {MOST_DIGITS}")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise _Content(f'has the entry "{twice}" twice')
+    return values
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _inside(place: str, name: str) -> str:
+    shown = name if len(name) <= 60 else f"{name[:57]}..."
+    if shown.isidentifier():
+        return f"{place}.{shown}" if place else shown
+    return f"{place}[{shown!r}]"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, (dict, list)):
+        return _WORDS[type(value)]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
