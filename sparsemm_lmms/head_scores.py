@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -33,8 +34,9 @@ from typing import Any
 import numpy as np
 
 from sparsemm_lmms._version import __version__
+from sparsemm_lmms.json_files import quoted, read_json
 
-_KEY = re.compile(r"(\d+)-(\d+)", re.ASCII)
+_KEY = re.compile(r"(\d{1,9})-(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,9 @@ class HeadScores:
         values = _frozen_table(self.values, "head scores")
         if not values.any():
             raise ValueError("All head scores are zero: no head ever hit a word; score more or clearer images.")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(values.sum()):
+                raise ValueError("Head scores add up to more than a float64 holds; divide all of them by one number.")
         object.__setattr__(self, "values", values)
         if self.stderr is not None:
             stderr = _frozen_table(self.stderr, "standard errors")
@@ -118,14 +123,20 @@ class HeadScores:
     # ---- files ----
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:
-        """Read a published or own score file; every defect is one sentence that names the file and the mend."""
+        """Read a published or own score file.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: for any defect, in one sentence that names the file and the mend.
+        """
         path = Path(path)
-        table, stderr, facts = _parse(_read_text(path), path)
+        table, stderr, columns = _parse(path)
         try:
-            scores = cls(table, stderr, {"path": str(path)})
+            scores = cls(table, stderr)
         except ValueError as error:
             raise ValueError(f"Head-score file {path}: {error}") from None
-        return cls(table, stderr, {**facts, **_read_provenance(path, scores.content_hash), "path": str(path)})
+        facts = {**_image_facts(columns), **_read_provenance(path, scores.content_hash), "path": str(path)}
+        return cls(table, stderr, facts)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the scores and, beside them, their provenance, each by an atomic rename; returns the path.
@@ -154,12 +165,12 @@ def provenance_path(path: str | os.PathLike[str]) -> Path:
     return path.with_name(path.stem + ".provenance.json")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader, a full disk or a kill never meets half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write ``content`` so that a reader, a full disk or a kill never meets half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -194,33 +205,19 @@ def _pair(mean: float, error: float | None) -> list[float]:
     return [low, 2 * mean - low]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"Head-score file {path} does not exist; make one with `sparsemm-lmms chase --output {path}`."
-        ) from None
-    except IsADirectoryError:
-        raise ValueError(f"Head-score file {path} is a folder; give the JSON file inside it.") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"Head-score file {path} is not UTF-8 text; give a JSON score file.") from None
-
-
-def _parse(text: str, path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
-    """Table of means [layers, heads]; of standard errors, where heads have several values; what single images tell."""
+def _parse(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[list[float]]]:
+    """Means [layers, heads]; standard errors, where heads have several values; the values of each head in order."""
     where = f"Head-score file {path}"
-    try:
-        pairs = json.loads(text, object_pairs_hook=list)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}); give the file that `sparsemm-lmms chase` wrote.") from None
-    if not text.lstrip().startswith("{") or not pairs:
+    content = read_json(
+        path, "Head-score file", f"make one with `sparsemm-lmms chase --output {path}`", unique_keys=True
+    )
+    if not isinstance(content, dict) or not content:
         raise ValueError(f'{where} holds no scores; expected an object like {{"0-0": [0.1, 0.2], "0-1": [0.3]}}.')
     entries: dict[tuple[int, int], list[float]] = {}
-    for key, value in pairs:
+    for key, value in content.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f'{where} has the extra entry "{key}"; keys must be "layer-head", so remove it.')
+            raise ValueError(f'{where} has the extra entry {quoted(key)}; keys must be "layer-head", so remove it.')
         place = int(match[1]), int(match[2])
         if place in entries:
             raise ValueError(f'{where} has the entry "{key}" twice; remove one of the two.')
@@ -233,11 +230,12 @@ def _parse(text: str, path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[s
             f'{missing[1]}"; remake or complete the file.'
         )
     table, stderr = np.zeros((layers, heads)), np.zeros((layers, heads))
-    for place, numbers in entries.items():
-        table[place] = np.mean(numbers)  # as the research code, to the last bit
-        stderr[place] = np.std(numbers, ddof=1) / np.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
+    with np.errstate(over="ignore"):  # infinite means and standard errors are refused with the rest of the table
+        for place, numbers in entries.items():
+            table[place] = np.mean(numbers)  # as the research code, to the last bit
+            stderr[place] = np.std(numbers, ddof=1) / np.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
     several = any(len(numbers) > 1 for numbers in entries.values())
-    return table, stderr if several else None, _image_facts([entries[place] for place in np.ndindex(layers, heads)])
+    return table, stderr if several else None, [entries[place] for place in np.ndindex(layers, heads)]
 
 
 def _image_facts(columns: list[list[float]]) -> dict[str, Any]:
@@ -254,24 +252,25 @@ def _numbers(value: Any, key: str, where: str) -> list[float]:
     numbers = value if isinstance(value, list) else [value]
     if not numbers or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
         raise ValueError(f'{where}: entry "{key}" must be a float or a non-empty list of floats; remake the file.')
-    for number in numbers:
-        if not np.isfinite(number) or number < 0:
+    values = [float(number) for number in numbers]
+    for number in values:
+        if not math.isfinite(number) or number < 0:
             raise ValueError(f'{where}: entry "{key}" holds {number}; scores are finite and not negative, remake it.')
-    return [float(number) for number in numbers]
+    return values
 
 
 def _read_provenance(path: Path, content_hash: str) -> dict[str, Any]:
     beside = provenance_path(path)
-    if not beside.is_file():
+    try:
+        facts = read_json(beside, "Provenance", "delete it")
+        if isinstance(facts, dict) and facts.get("content_hash") == content_hash:
+            return facts
+        problem = f"Provenance {beside} has not the content hash of the scores in {path}; delete it."
+    except FileNotFoundError:
         return {}
+    except ValueError as error:
+        problem = str(error)
     from loguru import logger
 
-    try:
-        facts = json.loads(beside.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        logger.warning(f"Ignoring {beside}: {error}.")
-        return {}
-    if not isinstance(facts, dict) or facts.get("content_hash") != content_hash:
-        logger.warning(f"Ignoring {beside}: its content hash is not that of the scores in {path}; delete it.")
-        return {}
-    return facts
+    logger.warning(f"Ignored: {problem}")
+    return {}

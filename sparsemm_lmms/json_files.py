@@ -102,7 +102,8 @@ def parse_json(text: str | bytes, where: str, mend: str, unique_keys: bool = Fal
     except _Content as error:
         raise ValueError(f"{where} {error}; {mend}.") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}); {mend}.") from None
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where} is no JSON file (not JSON at {place}: {error.msg}); {mend}.") from None
     except RecursionError:
         raise ValueError(f"{where} nests objects or lists deeper than {DEEPEST}; {mend}.") from None
     except UnicodeEncodeError:
@@ -153,6 +154,15 @@ def checked(value: Any, kind: Any, where: str, mend: str, place: str = "") -> An
     return value
 
 
+def quoted(name: str) -> str:
+    """A name as a sentence quotes it, on one line; long ones are cut.
+
+    >>> quoted("0-0")
+    '"0-0"'
+    """
+    return json.dumps(_cut(name))
+
+
 class _Content(ValueError):
     """What a hook finds, as the rest of a sentence about the file."""
 
@@ -175,7 +185,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in values if names.count(name) > 1)
-        raise _Content(f'has the entry "{twice}" twice')
+        raise _Content(f"has the entry {quoted(twice)} twice")
     return values
 
 
@@ -190,16 +200,16 @@ def _check_depth(value: Any) -> None:
 
 
 def _inside(place: str, name: str) -> str:
-    shown = name if len(name) <= 60 else f"{name[:57]}..."
-    if shown.isidentifier():
-        return f"{place}.{shown}" if place else shown
-    return f"{place}[{shown!r}]"
+    if name.isidentifier() and name == _cut(name):
+        return f"{place}.{name}" if place else name
+    return f"{place}[{quoted(name)}]"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
     if isinstance(value, (dict, list)):
         return _WORDS[type(value)]
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
