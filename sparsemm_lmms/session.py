@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -74,9 +74,9 @@ class CompressionSession:
                 "sparsemm_lmms.compress block; pass an empty one, or session.new_cache(), and the whole prompt."
             )
         fresh = self.new_cache()
-        cache.__class__ = RaggedCache
+        cache.__class__ = RaggedCache  # type: ignore[assignment]
         vars(cache).update(vars(fresh))
-        return cache
+        return cast(RaggedCache, cache)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
@@ -154,7 +154,8 @@ def compress(
     name = register(before)
     model.set_attn_implementation({key: name} if key else name)
     hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
-    model._prepare_cache_for_generation = partial(_prepare_cache, model._prepare_cache_for_generation)
+    prepare: Any = model._prepare_cache_for_generation
+    model._prepare_cache_for_generation = partial(_prepare_cache, prepare)  # type: ignore[assignment]
     try:
         if text._attn_implementation != name:
             raise ValueError(f"{type(model).__name__} does not let its attention be replaced: it cannot be compressed.")
