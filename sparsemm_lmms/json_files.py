@@ -11,9 +11,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from collections.abc import Iterable
+from types import GenericAlias, NoneType, UnionType
+from typing import Any
 
 LARGEST = 256 * 2**20
 """Bytes of a file that are read; more is refused."""
@@ -120,38 +120,50 @@ def checked(value: Any, kind: Any, where: str, mend: str, place: str = "") -> An
             `kind | None` or `Any` may be missing.
         where: the file, as a sentence begins with it.
         mend: what the user can do, as a sentence ends with it.
-        place: the value's place in the file.
+        place: of the value in the file, where it is not all of it.
 
     Raises:
-        ValueError: naming the file, the place, and what stands there.
+        ValueError: naming the file, the place in it, and what stands there.
 
     >>> checked({"budget": 64}, {"budget": int, "seed": int | None}, "Record a.json", "remake it")
     {'budget': 64}
     """
-    if kind is Any:
+    fault = _fault(value, kind)
+    if fault is None:
         return value
+    before, after, steps = fault
+    inside = place + "".join(reversed(steps))
+    raise ValueError(f"{where} {before} {inside.removeprefix('.') or 'its content'}{after}; {mend}.")
+
+
+def _fault(value: Any, kind: Any) -> tuple[str, str, list[str]] | None:
+    """What is said before and after the place of a fault, and the steps from there outwards. None without one."""
+    if kind is Any or type(value) is kind:
+        return None
     if isinstance(kind, UnionType):
         if value is None:
-            return value
-        kind = next(option for option in get_args(kind) if option is not NoneType)
-    fields = kind if isinstance(kind, Mapping) else None
-    base = dict if fields is not None else get_origin(kind) or kind
+            return None
+        return _fault(value, next(option for option in kind.__args__ if option is not NoneType))
+    fields = kind if isinstance(kind, dict) else None
+    base = dict if fields is not None else getattr(kind, "__origin__", kind)
     fits = isinstance(value, (int, float) if base is float else base)
-    if not fits or (isinstance(value, bool) and base is not bool):
-        raise ValueError(f"{where}: {place or 'its content'} is {_shown(value)}, not {_WORDS[base]}; {mend}.")
+    if not fits or isinstance(value, bool):
+        return f"has {_shown(value)} for", f", not {_WORDS[base]}", []
+    inner: Iterable[tuple[str | int, Any, Any]] = ()
     if fields is not None:
-        for name, inner in fields.items():
-            if name in value:
-                checked(value[name], inner, where, mend, _inside(place, name))
-            elif not (inner is Any or isinstance(inner, UnionType)):
-                raise ValueError(f"{where} lacks the field {_inside(place, name)}; {mend}.")
-    elif base is dict and get_args(kind):
-        for name, item in value.items():
-            checked(item, get_args(kind)[1], where, mend, _inside(place, name))
-    elif base is list and get_args(kind):
-        for index, item in enumerate(value):
-            checked(item, get_args(kind)[0], where, mend, f"{place}[{index}]")
-    return value
+        for name, of in fields.items():
+            if name not in value and not (of is Any or isinstance(of, UnionType)):
+                return "lacks the field", "", [_step(name)]
+        inner = ((name, value[name], of) for name, of in fields.items() if name in value)
+    elif isinstance(kind, GenericAlias):
+        of = kind.__args__[-1]
+        inner = ((name, item, of) for name, item in (value.items() if base is dict else enumerate(value)))
+    for name, item, of in inner:
+        fault = _fault(item, of)
+        if fault is not None:
+            fault[2].append(_step(name))
+            return fault
+    return None
 
 
 def quoted(name: str) -> str:
@@ -199,10 +211,10 @@ def _check_depth(value: Any) -> None:
     raise RecursionError
 
 
-def _inside(place: str, name: str) -> str:
-    if name.isidentifier() and name == _cut(name):
-        return f"{place}.{name}" if place else name
-    return f"{place}[{quoted(name)}]"
+def _step(name: str | int) -> str:
+    if isinstance(name, int):
+        return f"[{name}]"
+    return f".{name}" if name.isidentifier() and name == _cut(name) else f"[{quoted(name)}]"
 
 
 def _cut(text: str) -> str:
