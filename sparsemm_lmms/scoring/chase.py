@@ -11,7 +11,9 @@ rows, views and prompt are theirs by default.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,9 +26,10 @@ from tqdm import tqdm
 
 from sparsemm_lmms._version import __version__
 from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms.scoring.identity import differing, sample_sha256
 from sparsemm_lmms.scoring.inputs import make_batch
 from sparsemm_lmms.scoring.matching import TokenText, TokenTexts
-from sparsemm_lmms.scoring.partial import PartialResults
+from sparsemm_lmms.scoring.partial import MEND, PartialResults
 from sparsemm_lmms.scoring.passes import Tally, free_running, pad_token, teacher_forced
 from sparsemm_lmms.scoring.samples import CalibrationSample, SkipLog, Skipped, checked
 from sparsemm_lmms.scoring.statistics import per_image_facts
@@ -81,45 +84,53 @@ def score_heads(
     model_id: str | None = None,
     revision: str | None = None,
     progress: bool = True,
+    overwrite: bool = False,
 ) -> HeadScores:
     """Score every head of ``model`` on ``samples`` and write ``output`` (with provenance beside it).
 
     ``samples``: any iterable; if it has ``describe()``, that names the data in the provenance. ``limit``: stop after so
-    many inputs, skipped ones included. Killed runs continue from ``output``'s partial file.
+    many inputs, skipped ones included. Killed runs continue from ``output``'s partial file; a finished ``output`` of
+    the same model, data and settings is returned as it is. ``overwrite``: replace a file of others, which is a
+    ValueError otherwise.
 
     >>> # score_heads(model, processor, GeneratedPages(200), "scores.json", ChaseSettings(mode="teacher", batch_size=4))
     """
     settings = settings or ChaseSettings()
     output = Path(output)
     layers, heads, kv_heads = text_shape(model.config)
+    total = _length(samples, limit)
     facts: dict[str, Any] = {
         "kind": "chase",
         "model": model_id or getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "revision": revision,
         "model_type": model.config.model_type,
+        "checkpoint": _checkpoint(model, model_id, revision),
+        "processor": _processor(processor),
         "layers": layers,
         "q_heads": heads,
         "kv_heads": kv_heads,
         "dtype": str(model.dtype).removeprefix("torch."),
         "data": samples.describe() if hasattr(samples, "describe") else {"source": type(samples).__name__},
+        "inputs": total,
         "query_row": "predicting",
         **asdict(settings),
         "sparsemm_lmms": __version__,
     }
+    if output.exists() and not overwrite:
+        return _finished(output, facts, hasattr(samples, "describe"))
     reader = _Reader(model, processor, settings)
     was_training = model.training
     model.eval()
     try:
-        with PartialResults(output, facts, settings.batch_size) as partial:
+        with PartialResults(output, facts, settings.batch_size, overwrite) as partial:
             if partial.records:
                 logger.info(f"Continuing {output}: {len(partial.records)} inputs are done.")
-            total = _length(samples, limit)
             with tqdm(total=total, initial=len(partial.records), desc="chase", disable=not progress) as bar:
-                for batch in _batches(itertools.islice(samples, limit), settings.batch_size, len(partial.records)):
+                for batch in _batches(itertools.islice(samples, limit), settings.batch_size, partial):
                     partial.append(reader.read(batch, first=len(partial.records)))
                     bar.update(len(batch))
             try:
-                scores = reduce_records(partial.records[:limit], facts)
+                scores = reduce_records(partial.records, facts)
             except ValueError:
                 partial.remove()  # of no use: going on with it after the images were mended would fail again
                 raise
@@ -127,6 +138,37 @@ def score_heads(
             partial.remove()
     finally:
         model.train(was_training)
+    return scores
+
+
+def _checkpoint(model: Any, model_id: str | None, revision: str | None) -> str | None:
+    """Which weights these are, as far as can be told of a loaded model."""
+    from sparsemm_lmms.scoring.resolve import checkpoint_version
+
+    name = getattr(model.config, "_name_or_path", "") or model_id
+    return checkpoint_version(name, revision, model.config) if name else None
+
+
+def _processor(processor: Any) -> str:
+    """12 hex digits for how images are resized and prompts written."""
+    told = json.dumps([processor.to_dict(), processor.chat_template], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def _finished(output: Path, facts: dict[str, Any], described: bool) -> HeadScores:
+    """The scores that a run with the same facts has written before; ValueError for any other file."""
+    mend = "give another name, or --overwrite (overwrite=True) to replace it"
+    try:
+        scores = HeadScores.load(output)
+    except ValueError as error:
+        raise ValueError(f"--output {output} is there already and no finished score file ({error}); {mend}.") from None
+    if scores.provenance.get("kind") != "chase":
+        raise ValueError(f"--output {output} is there already, with no record of how it was made; {mend}.")
+    if changed := differing(scores.provenance, json.loads(json.dumps(facts))):
+        raise ValueError(f"--output {output} holds the scores of another run ({', '.join(changed)}); {mend}.")
+    if not described:
+        raise ValueError(f"--output {output} is there already, and these samples do not say what they are; {mend}.")
+    logger.info(f"{output} is finished already; nothing is left to do.")
     return scores
 
 
@@ -176,15 +218,15 @@ class _Reader:
         records: list[dict[str, Any]] = []
         row = 0
         for index, sample in enumerate(batch, start=first):
+            told = {"index": index, "name": sample.name, "sample": sample_sha256(sample)}
             if isinstance(sample, Skipped):
                 logger.warning(f"Skipping {sample.name}: {sample.reason}")
-                records.append({"index": index, "name": sample.name, "skipped": sample.reason})
+                records.append({**told, "skipped": sample.reason})
                 continue
             assert tally is not None
             records.append(
                 {
-                    "index": index,
-                    "name": sample.name,
+                    **told,
                     "tokens": tally.tokens[row],
                     "counted": tally.counted[row],
                     "score": tally.score[row].tolist(),
@@ -202,12 +244,23 @@ class _Reader:
 
 
 def _batches(
-    samples: Iterable[CalibrationSample | Skipped], size: int, done: int
+    samples: Iterable[CalibrationSample | Skipped], size: int, partial: PartialResults
 ) -> Iterator[list[CalibrationSample | Skipped]]:
-    """Groups of ``size``, always cut at the same places; the first ``done`` samples are passed over."""
-    iterator = itertools.islice(samples, done, None)
+    """Groups of ``size``, always cut at the same places; samples that are done are passed over, if they are the same.
+
+    Raises ValueError where they are not.
+    """
+    iterator = (checked(sample) if isinstance(sample, CalibrationSample) else sample for sample in samples)
+    for record in list(partial.records):
+        sample = next(iterator, None)
+        if sample is None or sample_sha256(sample) != record["sample"]:
+            found = "none" if sample is None else "another" if sample.name == record["name"] else repr(sample.name)
+            raise ValueError(
+                f"{partial.path} belongs to a run on other images (input {record['index']}: {record['name']!r} there, "
+                f"{found} here); {MEND}."
+            )
     while batch := list(itertools.islice(iterator, size)):
-        yield [checked(sample) if isinstance(sample, CalibrationSample) else sample for sample in batch]
+        yield batch
 
 
 def _length(samples: Source, limit: int | None) -> int | None:

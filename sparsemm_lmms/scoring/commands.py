@@ -68,6 +68,7 @@ def chase(
     limit: Annotated[int, typer.Option(min=0, help="Stop after so many inputs; 0: all.")] = 0,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu; default CUDA before CPU.")] = "",
     top: Annotated[int, typer.Option(min=0, help="Heads to print.")] = 10,
+    overwrite: Annotated[bool, typer.Option(help="Replace an output of another model, data or settings.")] = False,
 ) -> None:
     """Score every head of a model by how often it looks at the word being written. A killed run goes on."""
     from sparsemm_lmms.scoring.chase import ChaseSettings, score_heads
@@ -79,7 +80,7 @@ def chase(
     name = f"demo/{model.value}" if pretrained == "demo" else pretrained
     scores = score_heads(
         loaded, processor, source, output, settings,
-        limit=min(images, limit or images), model_id=name, revision=revision,
+        limit=min(images, limit or images), model_id=name, revision=revision, overwrite=overwrite,
     )  # fmt: skip
     _print_summary(scores, top)
     print(f"Written to {output}. Use it with head_scores={output}.")

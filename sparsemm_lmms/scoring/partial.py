@@ -14,26 +14,39 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sparsemm_lmms.json_files import LARGEST, checked, parse_json
+from sparsemm_lmms.scoring.identity import differing
+
 try:
     import fcntl
 except ImportError:  # not on Windows: two runs into one output are then not noticed
     fcntl = None  # type: ignore[assignment]
 
+TABLE = list[list[float]]
+MEND = "delete it or choose another output"
+
 
 class PartialResults:
     """Records ``0..len(records)`` are done; ``append`` adds the next ones durably.
 
+    output: the score file. settings: JSON-able, with ``layers`` and ``q_heads``; what decides the records. overwrite:
+    begin anew where the file beside ``output`` is of other settings, which is a ValueError otherwise. A file that holds
+    anything but such records is a ValueError that names the line and the field.
+
     >>> # with PartialResults(path, settings, batch_size) as partial: ...; partial.append([...]); partial.remove()
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], batch_size: int) -> None:
+    def __init__(self, output: Path, settings: dict[str, Any], batch_size: int, overwrite: bool = False) -> None:
         self.path = output.with_name(output.name + ".partial.jsonl")
         self.settings = json.loads(json.dumps(settings))
         self.batch_size = batch_size
+        self.overwrite = overwrite
         self.records: list[dict[str, Any]] = []
 
     def __enter__(self) -> PartialResults:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path} is no regular file; {MEND}.")
         self._file = open(self.path, "a+b", buffering=0)  # nothing left in a buffer for `close` to write half of
         try:
             self._lock()
@@ -72,47 +85,54 @@ class PartialResults:
             raise ValueError(f"Another process is writing {self.path}; wait for it or choose another output.") from None
 
     def _read(self) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        lines = content.split(b"\n")[:-1]  # what follows the last line feed is torn
+        lines = self._lines()
         wanted = {"sparsemm_lmms_chase": 1, "settings": self.settings}
         if len(lines) < 2:  # no image was done, whatever the settings
-            self._file.truncate(0)
-            self._write(wanted)
+            self._restart(wanted)
             return
-        header = _loads(lines[0])
+        header = parse_json(lines[0], f"The first line of {self.path}", MEND)
         if header != wanted:
-            changed = _differences((header or {}).get("settings"), self.settings)
-            raise ValueError(
-                f"{self.path} belongs to a run with other settings ({changed}); delete it or choose another output."
-            )
-        records, keep = [], len(lines[0]) + 1
-        for index, line in enumerate(lines[1:]):
-            record = _loads(line)
-            if record is None or record.get("index") != index:
-                break
-            records.append(record)
-        records = records[: len(records) // self.batch_size * self.batch_size]
-        keep += sum(len(line) + 1 for line in lines[1 : 1 + len(records)])
-        self._file.truncate(keep)
-        self.records = records
+            if self.overwrite:
+                self._restart(wanted)
+                return
+            theirs = header.get("settings") if isinstance(header, dict) else None
+            changed = ", ".join(differing(theirs, self.settings)) or "of another version"
+            raise ValueError(f"{self.path} belongs to a run with other settings ({changed}); {MEND}.")
+        self.records = [self._record(line, index) for index, line in enumerate(lines[1:])]
+        del self.records[len(self.records) // self.batch_size * self.batch_size :]
+        self._file.truncate(sum(len(line) for line in lines[: 1 + len(self.records)]))
+
+    def _restart(self, header: dict[str, Any]) -> None:
+        self._file.truncate(0)
+        self._write(header)
+
+    def _lines(self) -> list[bytes]:
+        """The whole lines; what follows the last line feed is torn."""
+        lines = []
+        with open(self.path, "rb") as file:
+            while (line := file.readline(LARGEST)).endswith(b"\n"):
+                lines.append(line)
+        if len(line) == LARGEST:
+            raise ValueError(f"Line {len(lines) + 1} of {self.path} is longer than {LARGEST} bytes; {MEND}.")
+        return lines
+
+    def _record(self, line: bytes, index: int) -> dict[str, Any]:
+        where = f"Line {index + 2} of {self.path}"
+        record = parse_json(line, where, MEND)
+        checked(record, {"index": int, "name": str, "sample": str}, where, MEND)
+        if record["index"] != index:
+            raise ValueError(f"{where}: index is {record['index']}, not {index}; {MEND}.")
+        if "skipped" in record:
+            return checked(record, {"skipped": str}, where, MEND)
+        checked(record, {"tokens": int, "counted": int, "score": TABLE, "mass": TABLE}, where, MEND)
+        shape = self.settings["layers"], self.settings["q_heads"]
+        for name in ("score", "mass"):
+            if [len(row) for row in record[name]] != [shape[1]] * shape[0]:
+                raise ValueError(f"{where}: {name} is no table of {shape[0]} x {shape[1]} numbers; {MEND}.")
+        return record
 
     def _write(self, *lines: dict[str, Any]) -> None:
         rest = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
         while rest:
             rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
-
-
-def _loads(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _differences(old: Any, new: dict[str, Any]) -> str:
-    if not isinstance(old, dict):
-        return "unreadable"
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return ", ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in keys)

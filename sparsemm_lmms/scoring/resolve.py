@@ -8,8 +8,10 @@
     layer_mean   each head gets its layer's mean of auto (or of ``layer_mean:PATH``)
     permuted     auto's scores (or ``permuted:PATH``'s) dealt to other heads, seeded
 
+A file whose provenance names another model is refused; one without provenance is taken.
+
 The cache follows huggingface_hub (``HF_ASSETS_CACHE/sparsemm_lmms/head_scores/...``) and is keyed by model id, revision
-(its commit where known; for a folder: what its files look like) and shape. Several processes: one computes under a file
+(its commit where known; for a folder: ``folder_version``) and shape. Several processes: one computes under a file
 lock, the others wait for its file.
 """
 
@@ -24,12 +26,17 @@ from typing import Any
 
 from loguru import logger
 
-from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms._version import __version__
+from sparsemm_lmms.head_scores import HeadScores, provenance_path
 from sparsemm_lmms.scoring.chase import ChaseSettings, score_heads, text_shape
+from sparsemm_lmms.scoring.identity import file_sha256, visible_files
 from sparsemm_lmms.scoring.render import GeneratedPages
 
 PACKAGED = "head_scores.json"
 WORDS = ("auto", "uniform", "random", "layer_mean", "permuted")
+TRANSFORMATIONS = ("layer_mean", "permuted")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+SMALL = 64 * 2**20  # bytes up to which a file of a checkpoint is told by its content
 # Teacher forcing: one forward a page. A mixture, each answer with the same weight, because users ask short questions as
 # well, and summed scores would be those of the transcriptions, which are about ten times as long.
 AUTO_PAGES = 128
@@ -49,13 +56,14 @@ def resolve_head_scores(
     device: str | None = None,
     pages: int = AUTO_PAGES,
     progress: bool = True,
+    foreign: bool = False,
 ) -> HeadScores:
-    """Head scores for a model, checked against its shape.
+    """Head scores for a model, checked against its shape and, where they tell, against the model they were found on.
 
     spec: see the module docstring. config: the model's config, or the content of its config.json. pretrained, revision:
     what ``from_pretrained`` gets. model, processor: used for chase if given, else loaded for it (on ``device``, default
-    CUDA before CPU) and dropped. cache_dir: in place of the user cache. Raises ValueError or FileNotFoundError, one
-    sentence each.
+    CUDA before CPU) and dropped. cache_dir: in place of the user cache. foreign: take a file that was made for another
+    model. Raises ValueError or FileNotFoundError, one sentence each.
     """
     config = _as_config(config)
     layers, heads, _ = text_shape(config)
@@ -64,21 +72,28 @@ def resolve_head_scores(
         return HeadScores.uniform(layers, heads)
     if word == "random" and not rest:
         return HeadScores.random(layers, heads, seed)
-    if word in ("layer_mean", "permuted"):
+    if word in TRANSFORMATIONS:
+        inner = rest.partition(":")[0]
+        if inner in TRANSFORMATIONS:
+            raise ValueError(
+                f"head_scores={word}:{inner}... transforms the scores twice; give {word}:PATH or {word} alone."
+            )
         base = resolve_head_scores(
             rest or "auto", config, pretrained, revision, seed=seed, model=model, processor=processor,
-            cache_dir=cache_dir, device=device, pages=pages, progress=progress,
+            cache_dir=cache_dir, device=device, pages=pages, progress=progress, foreign=foreign,
         )  # fmt: skip
         return base.layer_mean() if word == "layer_mean" else base.permuted(seed)
     if spec != "auto":
-        if not Path(spec).exists():
+        if not os.path.exists(spec):
             raise FileNotFoundError(
                 f"head_scores={spec!r} is neither a file nor one of {', '.join(WORDS)}; make a file with "
                 "`sparsemm-lmms chase`."
             )
-        return _checked(HeadScores.load(spec), config, pretrained)
-    packaged = Path(pretrained) / PACKAGED
-    if packaged.is_file():
+        scores = _checked(HeadScores.load(spec), config, pretrained)
+        _check_origin(scores, spec, config, pretrained, revision, foreign)
+        return scores
+    packaged = os.path.join(pretrained, PACKAGED)
+    if os.path.isfile(packaged):
         return _checked(HeadScores.load(packaged), config, pretrained)
     try:
         cached = cache_file(config, pretrained, revision, cache_dir)
@@ -109,11 +124,9 @@ def cache_file(
 
     config = _as_config(config)
     layers, heads, _ = text_shape(config)
-    folder = Path(pretrained)
-    if folder.is_dir():
-        name, version = str(folder.resolve()), folder_version(folder)
-    else:
-        name, version = pretrained, getattr(config, "_commit_hash", None) or revision or "main"
+    name, version = pretrained, checkpoint_version(pretrained, revision, config)
+    if os.path.isdir(pretrained):
+        name = str(Path(pretrained).resolve())
     readable = "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{Path(name).name}-{version}")[:80]
     digest = hashlib.sha256(f"{name}\n{version}".encode()).hexdigest()[:12]
     root = cached_assets_path(
@@ -138,11 +151,75 @@ def _as_config(config: Any) -> Any:
     return built
 
 
-def folder_version(folder: Path) -> str:
-    """Changes when a weight or config file of a local model does: names, sizes, times."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
-    looks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def folder_version(folder: str | os.PathLike[str]) -> str:
+    """12 hex digits that change when a file of a local model does, whichever decides its answers.
+
+    Files count by name and content, in folders inside as well; weights, and what is larger than 64 MiB, by name, size
+    and time. Hidden files and score files do not count: they are no part of the model.
+    """
+    looks: list[tuple[Any, ...]] = []
+    for file in visible_files(Path(folder)):
+        name, facts = file.relative_to(folder).as_posix(), file.stat()
+        if file.suffix.lower() in WEIGHTS or facts.st_size > SMALL:
+            looks.append((name, facts.st_size, facts.st_mtime_ns))
+        elif not _about_scores(file):
+            looks.append((name, facts.st_size, file_sha256(file)))
     return hashlib.sha256(repr(looks).encode()).hexdigest()[:12]
+
+
+def _about_scores(file: Path) -> bool:
+    """Whether ``chase`` wrote this file."""
+    written = file.name == PACKAGED or file.name.endswith((".provenance.json", ".partial.jsonl"))
+    return written or provenance_path(file).is_file()
+
+
+def checkpoint_version(pretrained: str, revision: str | None, config: Any) -> str:
+    """Which weights these are: our version for a demo model, ``folder_version``, else the commit or the revision."""
+    if _full_name(pretrained).startswith("demo/"):
+        return f"demo {__version__}"
+    if os.path.isdir(pretrained):
+        return folder_version(pretrained)
+    return getattr(config, "_commit_hash", None) or revision or "main"
+
+
+def _full_name(pretrained: str) -> str:
+    """One name for a model, whichever way it is given: ``demo/FAMILY``, the whole path of a folder, or the hub's id."""
+    from sparsemm_lmms.demo import FAMILIES, model_path
+
+    if not os.path.isdir(pretrained):
+        return pretrained
+    folder = Path(pretrained).resolve()
+    demo = [f"demo/{family}" for family in FAMILIES if Path(model_path(family)).resolve() == folder]
+    return demo[0] if demo else str(folder)
+
+
+def _check_origin(
+    scores: HeadScores, spec: str, config: Any, pretrained: str, revision: str | None, foreign: bool
+) -> None:
+    """Refuse scores whose provenance names another model; warn where the same one has changed since."""
+    facts = scores.provenance
+    model, kind = facts.get("model"), facts.get("model_type")
+    there, here = facts.get("checkpoint"), checkpoint_version(pretrained, revision, config)
+    other_kind = kind is not None and kind != config.model_type
+    named = isinstance(model, str)
+    same_name = not named or _full_name(str(model)) == _full_name(pretrained)
+    same_name &= there is None or facts.get("revision") in (None, revision)
+    if not other_kind and (there == here or (same_name and there is None)):
+        return
+    found = f"{model if named else 'another model'}{f' ({kind})' if kind is not None else ''}"
+    told = f"head_scores={spec} were found on {found}, and the model is {pretrained} ({config.model_type})"
+    if not other_kind and same_name:
+        logger.warning(
+            f"{told} whose files have changed since (checkpoint {there} there, {here} now): make the scores anew with "
+            "`sparsemm-lmms chase --overwrite` if its weights are others."
+        )
+    elif foreign:
+        logger.warning(f"{told}; they are used all the same, as foreign_head_scores asks.")
+    else:
+        raise ValueError(
+            f"{told}: make scores for this model with `sparsemm-lmms chase`, or set foreign_head_scores=true to use "
+            "these all the same."
+        )
 
 
 def _checked(scores: HeadScores, config: Any, pretrained: str) -> HeadScores:
@@ -189,7 +266,7 @@ def _make(
         model, processor = load_model(pretrained, revision, device)
     score_heads(
         model, processor, GeneratedPages(pages, seed=0, readings="mixture"), cached, AUTO_SETTINGS,
-        model_id=pretrained, revision=revision, progress=progress,
+        model_id=pretrained, revision=revision, progress=progress, overwrite=True,
     )  # fmt: skip
 
 

@@ -16,17 +16,22 @@ read as one word a line. Images are taken in the order of their names.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from sparsemm_lmms.json_files import checked, read_json
+from sparsemm_lmms.scoring.identity import file_sha256, files_sha256, visible_files
 from sparsemm_lmms.scoring.samples import PAPER_PROMPT, Box, CalibrationSample, Page, Readings, Skipped, ask
 
+_WORDS = GenericAlias(list, ({"text": str, "box": list[float]},))
+_LINES = GenericAlias(list, (_WORDS,))
+BOXES_MEND = "write it as sparsemm_lmms.scoring.sources says"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -60,7 +65,11 @@ class FolderPages:
                 yield from ask(page, self.readings, self.seed, self.prompt)
 
     def describe(self) -> dict[str, object]:
-        return {"source": "folder", "folder": str(self.folder), "readings": self.readings, "prompt": self.prompt}
+        images = self._files()
+        files = [*images, *(image.with_suffix(".json") for image in images)]
+        facts = {"source": "folder", "folder": str(self.folder), "readings": self.readings, "prompt": self.prompt}
+        content = files_sha256(Path(self.folder), {file for file in files if file.is_file()})
+        return {**facts, "seed": self.seed, "sha256": content}
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,13 @@ class SynthDogPages:
 
     def describe(self) -> dict[str, object]:
         facts = {"source": "synthdog", "where": self.where, "split": self.split}
-        return {**facts, "readings": self.readings, "prompt": self.prompt}
+        path = Path(self.where)
+        content = None  # what the hub has can't be told without reading it
+        if path.is_dir():
+            content = files_sha256(path, visible_files(path))
+        elif path.is_file():
+            content = file_sha256(path)
+        return {**facts, "readings": self.readings, "prompt": self.prompt, "seed": self.seed, "sha256": content}
 
     def _rows(self) -> Any:
         import datasets
@@ -116,6 +131,8 @@ def open_image(path: Path) -> Image.Image:
 
 
 def _open(source: Any, name: str) -> Image.Image | Skipped:
+    if isinstance(source, (str, Path)) and not Path(source).is_file():
+        return Skipped(name, f"is not a readable image ({source} is no regular file).")
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # lmms-eval's tasks set it
     try:
         with Image.open(source) as image:
@@ -142,21 +159,31 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _folder_page(file: Path) -> Page | Skipped:
+    beside = file.with_suffix(".json")
     try:
-        facts = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        lines = facts["lines"] if "lines" in facts else [[word] for word in facts["boxes"]]
-        boxes = tuple(tuple(_folder_box(word) for word in line) for line in lines)
+        boxes = _folder_boxes(read_json(beside, "its file of boxes", BOXES_MEND), f"its file of boxes {beside}")
     except FileNotFoundError:
-        return Skipped(file.name, f"has no text boxes: {file.stem}.json is missing.")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        return Skipped(file.name, f"{file.stem}.json is not in the known format ({type(error).__name__}: {error}).")
+        return Skipped(file.name, f"has no text boxes: {beside.name} is missing.")
+    except ValueError as error:
+        return Skipped(file.name, str(error))
     image = _open(file, file.name)
     return image if isinstance(image, Skipped) else Page(image, boxes, name=file.name)
 
 
-def _folder_box(word: dict[str, Any]) -> Box:
+def _folder_boxes(facts: Any, where: str) -> tuple[tuple[Box, ...], ...]:
+    """Lines of boxes of one image's JSON; every defect is a ValueError that names the place."""
+    if isinstance(facts, dict) and "lines" in facts:
+        lines = checked(facts, {"lines": _LINES}, where, BOXES_MEND)["lines"]
+    else:
+        lines = [[word] for word in checked(facts, {"boxes": _WORDS}, where, BOXES_MEND)["boxes"]]
+    return tuple(tuple(_folder_box(word, where) for word in line) for line in lines)
+
+
+def _folder_box(word: dict[str, Any], where: str) -> Box:
+    if len(word["box"]) != 4:
+        raise ValueError(f"{where} has {len(word['box'])} numbers for the box of {word['text']!r}; {BOXES_MEND}.")
     left, top, right, bottom = (float(value) for value in word["box"])
-    return Box(str(word["text"]), (left, top, right, bottom))
+    return Box(word["text"], (left, top, right, bottom))
 
 
 def _synthdog_page(row: dict[str, Any], name: str) -> Page | Skipped:
@@ -176,5 +203,7 @@ def _synthdog_page(row: dict[str, Any], name: str) -> Page | Skipped:
 def _synthdog_box(chunk: dict[str, Any]) -> Box:
     """Bounds of all given points; the paper's code takes the first two as opposite corners."""
     points = [(float(point[0]), float(point[1])) for point in chunk["coord"]]
+    if not isinstance(chunk["chunk"], str):
+        raise TypeError(f"chunk is {chunk['chunk']!r}, not text")
     xs, ys = zip(*points, strict=True)
     return Box(chunk["chunk"], (min(xs), min(ys), max(xs), max(ys)))
