@@ -21,7 +21,7 @@ from .arguments import parse_arguments, unused_settings
 from .compressed import CompressedModel
 from .engine import Engine, Prompt
 from .generation import GenerationSettings
-from .host import install
+from .host import ends_the_command, install
 from .likelihood import Document, read_document, score
 from .loading import Checkpoint, resolve_device
 from .media import FrameSampling
@@ -70,6 +70,7 @@ class CompressedChatModel(CompressedModel, lmms):
         self._announce(model_args)
 
     @classmethod
+    @ends_the_command()
     def create_from_arg_string(cls: type[T], arg_string: str, additional_config: dict | None = None) -> T:
         """As the host's, but values stay the strings that were given; `parse_arguments` says how they are read.
 

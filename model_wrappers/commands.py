@@ -8,6 +8,8 @@ import json
 import math
 import re
 import sys
+import traceback
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +21,23 @@ from rich.table import Table
 
 from ..cli import tasks_folder
 from ..config import unknown_name
+from ..failures import cause, is_refusal, sentence
 from .names import FAMILIES, METHODS
 from .results import KEY, read_results
 
 app = typer.Typer()
-NOT_REPEATED = {"config": None, "use_cache": None, "hf_hub_log_args": "", "wandb_args": "", "swanlab_args": ""}
-"""Arguments that a rerun leaves out: its own configuration is the record, and it neither reuses nor publishes."""
+OURS = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
+REPEATED: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "tasks", "model_args", "device", "verbosity", "log_samples_suffix", "timezone"), (str,)),
+    **dict.fromkeys(("system_instruction", "gen_kwargs", "reasoning_tags", "agentic_trace_mode"), (str,)),
+    **dict.fromkeys(("batch_size", "max_batch_size"), (int, str)),
+    **dict.fromkeys(("num_fewshot", "offset", "repeats", "max_tokens", "process_docs_parallel"), (int,)),
+    **dict.fromkeys(("log_samples", "apply_chat_template", "fewshot_as_multiturn", "predict_only"), (bool,)),
+    **dict.fromkeys(("process_with_media", "force_simple"), (bool,)),
+    "limit": (int, float),
+    "seed": (list,),
+}
+"""What a rerun takes from a record, and its types. All else is lmms-eval's default: it reuses and publishes nothing."""
 
 
 @app.command(
@@ -44,17 +57,19 @@ def rerun(
     output_path: Annotated[
         Path | None, typer.Option("--output-path", "--output_path", help="Where the new results go; default: nowhere.")
     ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Load the task files, local checkpoint and remote code that the record names."),
+    ] = False,
 ) -> None:
     """Repeat a run from its record and say whether the metrics are equal (exit status 1 if not)."""
     old = read_results(results)
-    arguments = old["config"].get("resolved_cli_args")
-    if not arguments:
-        raise ValueError(f"{results} was made from Python, not by lmms-eval's command line, so it cannot be repeated.")
-    own: dict[str, Any] = {"output_path": None if output_path is None else str(output_path)}
+    arguments = repeated(results, old["config"].get("resolved_cli_args"), trust)
+    arguments["output_path"] = None if output_path is None else str(output_path)
     if output_path is None:
-        own["log_samples"] = False
+        arguments["log_samples"] = False
     sys.argv = ["lmms-eval"]
-    found = run_host(argparse.Namespace(**{**arguments, **NOT_REPEATED, **own}))
+    found = run_host(argparse.Namespace(**arguments))
     if not found:  # not the first process
         return
     new = json.loads(json.dumps(found[0], default=str))
@@ -63,6 +78,46 @@ def rerun(
     if not print_comparison(metrics(old), metrics(new)):
         raise SystemExit(f"sparsemm-lmms: The metrics differ from those in {results}.")
     print(f"All metrics equal those in {results}.")
+
+
+def repeated(results: Path, recorded: Any, trust: bool) -> dict[str, Any]:
+    """The arguments of lmms-eval that a rerun takes from a record: nothing that loads or runs what the record brings.
+
+    Raises:
+        ValueError: for a record without them or with others' models; and without `trust`, if it names files or code.
+    """
+    from .arguments import parse_arguments
+
+    if not recorded:
+        raise ValueError(f"{results} was made from Python, not by lmms-eval's command line, so it cannot be repeated.")
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{results}: config.resolved_cli_args is a {type(recorded).__name__}, not a mapping.")
+    taken = {name: recorded[name] for name in REPEATED if recorded.get(name) is not None}
+    for name, value in taken.items():
+        if not isinstance(value, REPEATED[name]) or (isinstance(value, bool) and bool not in REPEATED[name]):
+            raise ValueError(f"{results}: config.resolved_cli_args.{name}={value!r} is a {type(value).__name__}.")
+    for name in ("model", "tasks"):
+        if not taken.get(name):
+            raise ValueError(f"{results}: config.resolved_cli_args has no {name}.")
+    if taken["model"] not in OURS:
+        raise ValueError(f"{results}: " + unknown_name("model", taken["model"], OURS))
+    if len(seeds := taken.get("seed", [0] * 4)) != 4 or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{results}: config.resolved_cli_args.seed={seeds!r} are not four whole numbers.")
+    given = parse_arguments(taken.get("model_args", ""))
+    files = [f"task file {name}" for name in {taken["tasks"], *taken["tasks"].split(",")} if Path(name).exists()]
+    if recorded.get("include_path"):
+        files.append(f"include_path={recorded['include_path']}")
+        taken["include_path"] = recorded["include_path"]
+    if Path(given.get("pretrained", "")).exists() and given.get("pretrained"):
+        files.append(f"pretrained={given['pretrained']}")
+    if given.get("trust_remote_code", "false").lower() not in ("false", "0", "no"):
+        files.append(f"trust_remote_code={given['trust_remote_code']}")
+    if files and not trust:
+        raise ValueError(
+            f"{results} names files or code of its own ({', '.join(sorted(files))}), which a rerun would load and run; "
+            "read them, then give --trust."
+        )
+    return taken
 
 
 def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]]:
@@ -75,10 +130,12 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
         the results of each run that this process has (the first process has them all).
 
     Raises:
-        ValueError, OSError: the first mistake in a run; lmms-eval itself goes on and reports success.
-        SystemExit: any other failure, whose traceback lmms-eval has printed.
+        ValueError, OSError, ImportError: the first mistake in a run; lmms-eval itself goes on and reports success.
+        SystemExit: any other failure, whose traceback stands above.
     """
     from lmms_eval import __main__ as host
+
+    from .host import Ended, check_output
 
     if not sys.argv[1:] and arguments is None:
         raise ValueError("eval needs lmms-eval's arguments, for example --model llava_next_sparsemm --tasks ocrbench.")
@@ -89,8 +146,14 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
 
     def remembering(args: argparse.Namespace) -> Any:
         try:
+            check_output(args.output_path)
             results, samples = single(args)
+        except Ended as ended:  # reported; with an exception the host goes on to the next run of a --config
+            failures.append(ended.error)
+            raise ended.error from None
         except Exception as error:
+            if not is_refusal(error):
+                traceback.print_exc()
             failures.append(error)
             raise
         found.extend([results] if results is not None else [])
@@ -103,8 +166,13 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
         return made
 
     _check_model(arguments or host.parse_eval_args()[1])
-    with replaced(host, cli_evaluate_single=remembering, TaskManager=with_our_tasks):
-        host.cli_evaluate(arguments)
+    silent = types.SimpleNamespace(print_exc=lambda: None)  # the host prints one for a wrong word as well
+    with replaced(host, cli_evaluate_single=remembering, TaskManager=with_our_tasks, traceback=silent):
+        try:
+            host.cli_evaluate(arguments)
+        except Exception as error:  # as the host does with --verbosity=DEBUG
+            if not any(error is failure for failure in failures):
+                raise
     if failures:
         _raise(failures[0], tasks)
     return found
@@ -115,21 +183,20 @@ def _check_model(arguments: argparse.Namespace) -> None:
     from lmms_eval.models import list_available_models
 
     known = list_available_models(include_aliases=True)
-    if not arguments.config and arguments.tasks and arguments.model not in known:
-        ours = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
-        raise ValueError(unknown_name("--model", arguments.model, ours) + " lmms-eval's own: `lmms-eval models`.")
+    if not getattr(arguments, "config", None) and arguments.tasks and arguments.model not in known:
+        raise ValueError(unknown_name("--model", arguments.model, OURS) + " lmms-eval's own: `lmms-eval models`.")
 
 
 def _raise(error: Exception, tasks: list[str]) -> None:
-    """What lmms-eval has printed and passed over, as the end of this process."""
-    if not isinstance(error, (ValueError, OSError)):
-        raise SystemExit(1)
+    """What lmms-eval has passed over, as the end of this process."""
+    if not is_refusal(error):
+        raise SystemExit(sentence(error)) from error
     missing = re.match(r"Tasks not found: ([^,. ]+)", str(error))
     nearest = difflib.get_close_matches(missing[1], tasks, n=1) if missing else []
     if missing:
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"Unknown task {missing[1]!r} in --tasks; `lmms-eval tasks list` prints all.{hint}")
-    raise error
+    raise cause(error)
 
 
 def metrics(results: dict[str, Any]) -> dict[tuple[str, str], float]:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from ._version import __version__
+from .failures import report
 
 ELSEWHERE = {
     "bench": "bench.commands",
@@ -88,8 +89,8 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point. A mistake of the user ends in one sentence, not in a traceback."""
+    """Entry point. A mistake of the user ends in one sentence, anything else in a traceback and a sentence."""
     try:
         app()
-    except (ValueError, OSError) as error:  # OSError: a missing file, a full disk
-        raise SystemExit(f"sparsemm-lmms: {error}") from error
+    except Exception as error:
+        raise SystemExit(report(error)) from error

@@ -162,9 +162,11 @@ def test_a_run_is_repeated_from_its_record(
 ) -> None:
     results = json.loads(finished.read_text())
     assert {"tiny_images", "sparsemm_demo_ocr"} <= set(results["results"])
-    monkeypatch.setattr(
-        sys, "argv", ["sparsemm-lmms", "rerun", str(finished), "--output_path", str(tmp_path / "again")]
-    )
+    command = ["sparsemm-lmms", "rerun", str(finished), "--output_path", str(tmp_path / "again")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="files or code of its own .include_path=.*, pretrained=.*give --trust"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*command, "--trust"])
     capsys.readouterr()
     cli(standalone_mode=False)
     assert "All metrics equal those in" in capsys.readouterr().out
@@ -175,7 +177,7 @@ def test_a_run_is_repeated_from_its_record(
     results[KEY]["environment"]["versions"]["torch"] = "1.0"
     changed = tmp_path / "changed.json"
     changed.write_text(json.dumps(results))
-    monkeypatch.setattr(sys, "argv", ["sparsemm-lmms", "rerun", str(changed)])
+    monkeypatch.setattr(sys, "argv", ["sparsemm-lmms", "rerun", str(changed), "--trust"])
     with pytest.raises(SystemExit, match="metrics differ"):
         main()
     printed = capsys.readouterr().out
