@@ -115,9 +115,9 @@ def checked(value: Any, kind: Any, where: str, mend: str, place: str = "") -> An
     """`value`, if it is of this kind.
 
     Args:
-        kind: `str`, `int`, `float` (whole numbers too), `bool`, `dict`, `list`, `Any`, `dict[str, kind]`, `list[kind]`,
-            `kind | None`, or `{name: kind, ...}`: an object with at least these fields. A field of kind
-            `kind | None` or `Any` may be missing.
+        kind: `str`, `int` (of 64 bits), `float` (and such whole numbers), `bool`, `dict`, `list`, `Any`,
+            `dict[str, kind]`, `list[kind]`, `kind | None`, or `{name: kind, ...}`: an object with at least these
+            fields. A field of kind `kind | None` or `Any` may be missing.
         where: the file, as a sentence begins with it.
         mend: what the user can do, as a sentence ends with it.
         place: of the value in the file, where it is not all of it.
@@ -138,7 +138,7 @@ def checked(value: Any, kind: Any, where: str, mend: str, place: str = "") -> An
 
 def _fault(value: Any, kind: Any) -> tuple[str, str, list[str]] | None:
     """What is said before and after the place of a fault, and the steps from there outwards. None without one."""
-    if kind is Any or type(value) is kind:
+    if kind is Any or (type(value) is kind and kind is not int):
         return None
     if isinstance(kind, UnionType):
         if value is None:
@@ -149,6 +149,8 @@ def _fault(value: Any, kind: Any) -> tuple[str, str, list[str]] | None:
     fits = isinstance(value, (int, float) if base is float else base)
     if not fits or isinstance(value, bool):
         return f"has {_shown(value)} for", f", not {_WORDS[base]}", []
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"has {value} for", ", which 64 bits do not hold", []
     inner: Iterable[tuple[str | int, Any, Any]] = ()
     if fields is not None:
         for name, of in fields.items():

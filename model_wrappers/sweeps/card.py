@@ -7,10 +7,10 @@ model, method and budget.
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,22 @@ from typing import Annotated, Any
 
 import typer
 
+from ...head_scores import write_atomically
+from ...json_files import checked, read_bytes, read_json
 from ..results import KEY, read_results
 from .statistics import METHOD_ORDER
-from .store import COMPACT, CellRecord, read_cells, write_text
+from .store import COMPACT, CellRecord, cell_folder, read_cells, write_text
 
 app = typer.Typer()
+MEND = "restore the file, or run again"
+RECORD: dict[str, Any] = {
+    "settings": {"model": str, "pretrained": str, "budget": int | None},
+    "environment": {"num_processes": int | None, "versions": dict | None},
+    "measured": dict[str, float],
+}
+"""What a card takes from the record of a run."""
+MARKS = re.compile(r"[`*~$|]|\\(?=[!-/:-@\[-`{-~])|\](?=[(:\[])|^[#+=-](?![\d.])")
+"""Where Markdown would not show the letters of a text: marks, columns of tables, escapes, links, blocks."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Run:
         """For file names: model, method, budget and what an ablation changed."""
         parts = [self.model, self.method, *([f"budget{self.budget}"] if self.budget else [])]
         parts += [f"{name}{value:g}" for name, value in self.variant.items()]
-        return "__".join(re.sub(r"[^\w.-]+", "_", part) for part in parts)
+        return "__".join(re.sub(r"[^\w.-]+", "_", part)[:100] for part in parts)
 
 
 @dataclass
@@ -110,7 +121,7 @@ def read_runs(path: Path) -> list[Run]:
     Raises:
         FileNotFoundError, ValueError: with one sentence.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(f"There is nothing at {path}; give the folder of a sweep or a *_results.json.")
     if path.is_file():
         return [_of_results(path)]
@@ -135,7 +146,7 @@ def write_card(runs: Sequence[Run], output: Path) -> Collected:
         for board in LEADERBOARDS:
             _collect(run, board, folder, collected)
     text = _markdown(runs, collected, output.parent)
-    if output.exists() and output.read_text(encoding="utf-8") != text:
+    if output.exists() and read_bytes(output, "Card", "name another file with --output") != text.encode():
         raise ValueError(f"--output {output} exists with other content; name another file or move it away.")
     write_text(output, text)
     return collected
@@ -158,13 +169,13 @@ def _of_cell(sweep: Path, record: CellRecord) -> Run:
     total = sum(values.get("num_requests", 1) for values in measured) or 1
     return Run(
         source=sweep,
-        folder=sweep / "cells" / record.name,
+        folder=cell_folder(sweep, record.name),
         model=record.model,
         method=record.method,
         budget=record.budget,
         variant=record.variant,
         settings=record.settings,
-        environment=record.environment,
+        environment=checked(record.environment, RECORD["environment"], f"Cell {record.name} of {sweep}", MEND),
         scores=record.metrics,
         documents=counts,
         measured={n: sum(v.get(n, 0) * v.get("num_requests", 1) for v in measured) / total for n in names},
@@ -173,14 +184,17 @@ def _of_cell(sweep: Path, record: CellRecord) -> Run:
 
 def _of_results(path: Path) -> Run:
     data = read_results(path)
-    record = data[KEY]
+    where = f"Results file {path}"
+    record = checked(data[KEY], RECORD, where, MEND, KEY)
+    samples = data["n-samples"]
+    checked(samples, {task: {"effective": float} for task in samples}, where, MEND, "n-samples")
     settings = record["settings"]
     family = next((f for f in ("llava_next", "qwen2_vl") if settings["model"].startswith(f"{f}_")), settings["model"])
-    pretrained = str(settings["pretrained"])
     scores = {
         task: {name.removesuffix(",none"): float(v) for name, v in values.items() if _is_score(name, v)}
         for task, values in data["results"].items()
     }
+    pretrained = settings["pretrained"]
     return Run(
         source=path,
         folder=path.parent,
@@ -190,8 +204,8 @@ def _of_results(path: Path) -> Run:
         variant={},
         settings=settings,
         environment=record["environment"],
-        scores={task: values for task, values in scores.items() if values or task in data.get("n-samples", {})},
-        documents={task: counts["effective"] for task, counts in data.get("n-samples", {}).items()},
+        scores={task: values for task, values in scores.items() if values or task in samples},
+        documents={task: counts["effective"] for task, counts in samples.items()},
         measured=record["measured"],
     )
 
@@ -219,34 +233,44 @@ def _is_of(path: Path, run: Run, board: Leaderboard) -> bool:
     """Whether a file that several tasks name alike has as many answers as this task has documents."""
     if not any(task in run.documents for task in board.shared):
         return True
-    return len(json.loads(path.read_text(encoding="utf-8"))) == run.documents[board.task]
+    where = f"Submission file {path}"
+    return len(checked(read_json(path, "Submission file", MEND), list, where, MEND)) == run.documents[board.task]
 
 
 def _copy(source: Path, folder: Path, stem: str) -> Path:
     """A copy under this name; under a numbered one where another file has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = source.read_bytes()
+    content = read_bytes(source, "Submission file", MEND)
     number = 1
     while True:
         target = folder / f"{stem}{f'__{number}' if number > 1 else ''}{source.suffix}"
         if not target.exists():
             break
-        if target.read_bytes() == content:
+        if read_bytes(target, "Submission file", "move it away") == content:
             return target
         number += 1
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        shutil.copyfile(source, part)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(target, content)
     return target
+
+
+def _plain(text: str) -> str:
+    """Markdown that shows these letters: no mark, line, column or tag of a table comes from a record."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return html.escape(MARKS.sub(r"\\\g<0>", line), quote=False)
+
+
+def _item(text: str) -> str:
+    return f"* {_plain(text)}\n"
+
+
+def _code(name: str) -> str:
+    return f"`{name}`" if re.fullmatch(r"[\w./ -]+", name) else _plain(name)
 
 
 def _markdown(runs: Sequence[Run], collected: Collected, root: Path) -> str:
     methods = list(dict.fromkeys(run.method.partition("#")[0] for run in runs))
     models = list(dict.fromkeys(run.model for run in runs))
-    parts = [f"# {', '.join(models)} with compressed KV caches\n", "## Results\n", _results(runs)]
+    parts = [f"# {_plain(', '.join(models))} with compressed KV caches\n", "## Results\n", _results(runs)]
     parts += ["## Settings\n", _settings(runs), "## Hardware and versions\n", _environment(runs)]
     parts += ["## Submission files\n", _submissions(runs, collected, root), "## Citation\n", _citation(methods)]
     return "\n".join(parts)
@@ -273,7 +297,8 @@ def _table(runs: Sequence[Run]) -> str:
         measured.append(run.measured.get("tpot_ms_median", run.measured.get("tpot_ms")))
         values = [run.scores.get(task, {}).get(metric) for task, metric in columns] + measured
         lines.append([run.model, run.method + variant, str(run.budget or "all"), *map(_text, values)])
-    rows = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *lines]
+    shown = [[_plain(text) for text in row] for row in (header, *lines)]
+    rows = [shown[0], ["---"] * 3 + ["---:"] * (len(header) - 3), *shown[1:]]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -285,12 +310,12 @@ def _settings(runs: Sequence[Run]) -> str:
     """What all runs share, once; what differs, by run."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings if name not in ("model", "budget")))
     texts = {name: [json.dumps(run.settings.get(name), sort_keys=True) for run in runs] for name in names}
-    shared = [f"* {name}: {values[0]}\n" for name, values in texts.items() if len(set(values)) == 1]
+    shared = [_item(f"{name}: {values[0]}") for name, values in texts.items() if len(set(values)) == 1]
     differing = [name for name in names if len(set(texts[name])) > 1]
     own = []
     for index, run in enumerate(runs):
         told = [f"{name} {texts[name][index]}" for name in differing if run.settings.get(name) is not None]
-        own += [f"* {run.model}, {run.method}: {', '.join(told)}\n"] if told else []
+        own += [_item(f"{run.model}, {run.method}: {', '.join(told)}")] if told else []
     return "".join(shared) + ("\nBy method:\n\n" + "".join(dict.fromkeys(own)) if own else "")
 
 
@@ -298,11 +323,11 @@ def _environment(runs: Sequence[Run]) -> str:
     lines = []
     for text in dict.fromkeys(json.dumps(run.environment, sort_keys=True) for run in runs):
         where = json.loads(text)
-        lines.append(f"* hardware: {where.get('gpu') or 'CPU'}, {where.get('num_processes', 1)} processes\n")
-        versions = where.get("versions", {})
-        lines.append(f"* versions: {', '.join(f'{name} {value}' for name, value in versions.items())}\n")
+        lines.append(_item(f"hardware: {where.get('gpu') or 'CPU'}, {where.get('num_processes') or 1} processes"))
+        versions = where.get("versions") or {}
+        lines.append(_item(f"versions: {', '.join(f'{name} {value}' for name, value in versions.items())}"))
         for name in ("checkpoint", "git_commit", "kernel_backend", "image_size"):
-            lines += [f"* {name}: {where[name]}\n"] if where.get(name) is not None else []
+            lines += [_item(f"{name}: {where[name]}")] if where.get(name) is not None else []
     return "".join(dict.fromkeys(lines))
 
 
@@ -310,8 +335,9 @@ def _submissions(runs: Sequence[Run], collected: Collected, root: Path) -> str:
     lines = []
     for name, original, path in collected.copied:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        lines.append(f"* {name}: `{path.relative_to(root)}` (lmms-eval: `{original}`, sha256 {digest[:16]})\n")
-    lines += [f"* missing: {line}\n" for line in collected.missing]
+        told = f"lmms-eval: {_code(original)}, sha256 {digest[:16]}"
+        lines.append(f"* {_plain(name)}: `{path.relative_to(root)}` ({told})\n")
+    lines += [_item(f"missing: {line}").replace("\\*", "*") for line in collected.missing]  # patterns of files
     run_tasks = {task for run in runs for task in run.documents}
     lines += [
         f"* {board.name}: not run (`--tasks {board.task}`)\n" for board in LEADERBOARDS if board.task not in run_tasks

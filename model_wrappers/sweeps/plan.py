@@ -29,7 +29,7 @@ from .cells import (
     parse_methods,
     words,
 )
-from .store import read_cells, write_text
+from .store import read_cells, read_plan, write_text
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ def open_sweep(sweep: Path, plan: Plan) -> None:
     A sweep whose cells all failed (a task's name was misspelled, say) begins anew, whatever its settings were.
 
     Raises:
-        ValueError: with the settings that differ.
+        ValueError: with the settings that differ, or for a `sweep.json` that no sweep wrote.
     """
     models = {model.label: model.identity for model in plan.models}
     names = [cell.name for cell in plan.cells]
     file = sweep / "sweep.json"
     sweep.mkdir(parents=True, exist_ok=True)
     with FileLock(sweep / ".lock"):
-        old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        old = read_plan(sweep)
         if not old and any(not entry.name.startswith(".") for entry in sweep.iterdir()):
             raise ValueError(f"--output {sweep} holds files that are no sweep; name a new or an empty folder.")
         if _only_failed(sweep):

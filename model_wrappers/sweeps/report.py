@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import plots, tables
 from .statistics import Block, blocks
-from .store import CellRecord, read_cells, write_compact, write_text
+from .store import CellRecord, read_cells, read_plan, write_compact, write_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -59,9 +60,10 @@ def write_report(sweep: Path, figures: Sequence[str] = ()) -> Report:
         figures: names of those to draw; none for all that the cells allow.
 
     Raises:
-        ValueError: when no cell has results, for an unknown figure, or for one that lacks its cells.
+        ValueError: when no cell has results, for an unknown figure, or for one that lacks its cells; for a file of the
+            sweep that is damaged.
     """
-    records = list(read_cells(sweep))
+    plan, records = read_plan(sweep), list(read_cells(sweep))
     failed = tuple(record for record in records if record.error is not None)
     found = list(blocks(records))
     if not found:
@@ -73,10 +75,9 @@ def write_report(sweep: Path, figures: Sequence[str] = ()) -> Report:
     grids = tuple(tables.accuracy(block) for block in shown if block.compared())
     write_text(sweep / "tables" / "results.csv", _results(found))
     for block in shown:
-        stem = f"{block.model}__{block.task}".replace(" ", "_").replace("/", "_")
+        stem = re.sub(r"[^\w.,+=@()-]", "_", f"{block.model}__{block.task}")
         for name, grid in _grids(block).items():
             write_text(sweep / "tables" / f"{stem}__{name}.csv", grid.csv())
-    plan = _read_json(sweep / "sweep.json")
     write_text(sweep / "report.json", json.dumps(_facts(plan, records, found), indent=1, ensure_ascii=False) + "\n")
     write_compact(sweep, records)
     drawn = tuple(name for name in plots.FIGURES if (sweep / "figures" / f"{name}.png").exists())
@@ -186,13 +187,3 @@ def _other_aggregate(block: Block) -> list[str]:
 
 def _reasons(failed: Sequence[CellRecord]) -> str:
     return f" ({'; '.join(dict.fromkeys(str(record.error) for record in failed))})" if failed else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file ({error}); restore it, or begin a new sweep.") from None
-    return found if isinstance(found, dict) else {}

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from ...head_scores import write_atomically
+from ...json_files import LARGEST, checked, parse_json, quoted, read_bytes, read_json, read_text
 
+T = TypeVar("T")
 COMPACT = "cells.jsonl.xz"
+LARGEST_UNPACKED = 16 * LARGEST
+"""Bytes of records that a compact file may hold; one of them has at most `LARGEST`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class CellRecord:
     family: str
     method: str
     budget: int | None
-    variant: dict[str, Any]
+    variant: dict[str, float]
     settings: dict[str, Any]
     metrics: dict[str, dict[str, float]]
     statistics: dict[str, dict[str, float]]
@@ -72,15 +76,54 @@ class CellRecord:
     samples: tuple[Sample, ...] = field(default=(), compare=False)
 
 
+_KINDS: dict[type, dict[str, Any]] = {made: get_type_hints(made) for made in (Sample, CellRecord)}
+_NEEDED: dict[type, list[str]] = {
+    made: [f.name for f in fields(made) if f.default is MISSING and f.default_factory is MISSING] for made in _KINDS
+}
+_PLAN_KINDS: dict[str, Any] = {
+    "settings": dict | None,
+    "models": dict[str, dict] | None,
+    "cells": list[str] | None,
+    "commands": list | None,
+}
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
 
 
+def read_plan(sweep: Path) -> dict[str, Any]:
+    """What `sweep.json` holds: settings, models with their arguments, names of cells, commands; {} without the file.
+
+    Raises:
+        ValueError: for a file that no sweep wrote.
+    """
+    path, what, mend = sweep / "sweep.json", "Plan", "restore it, or begin a new sweep"
+    try:
+        found = checked(read_json(path, what, mend), _PLAN_KINDS, f"{what} {path}", mend)
+        for about in (found.get("models") or {}).values():
+            checked(about, {"model_args": dict}, f"A model in {path}", mend)
+    except FileNotFoundError:
+        return {}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def cell_folder(sweep: Path, name: str) -> Path:
+    """The folder of a cell, inside the sweep whatever its name.
+
+    Raises:
+        ValueError: for a name that is none of a folder.
+    """
+    if name in ("", "..") or Path(name).name != name or "\0" in name:
+        raise ValueError(f"a cell calls itself {quoted(name)}, which is no name of a folder")
+    return sweep / "cells" / name
+
+
 def write_cell(sweep: Path, record: CellRecord) -> None:
     """Store a cell: samples first, `cell.json` last, so a folder with that file is complete."""
-    folder = sweep / "cells" / record.name
+    folder = cell_folder(sweep, record.name)
     lines = [json.dumps(asdict(sample), ensure_ascii=False, sort_keys=True) for sample in record.samples]
     write_text(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
     values = asdict(record)
@@ -94,15 +137,40 @@ def read_cell(folder: Path) -> CellRecord:
     Raises:
         ValueError: for a folder that is not what `write_cell` wrote.
     """
+    mend = "delete the folder and run again"
     try:
-        values = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        lines = _lines((folder / "samples.jsonl").read_text(encoding="utf-8"))
-        record = CellRecord(**values, samples=tuple(Sample(**json.loads(line)) for line in lines))
-        if record.name != folder.name:  # the name says where more files of the cell are looked for
-            raise ValueError(f"its cell.json calls itself {record.name!r}")
-        return record
-    except (TypeError, ValueError, FileNotFoundError, RecursionError) as error:
-        raise ValueError(f"{folder} is not a complete cell of a sweep ({error}); delete it and run again.") from error
+        values = read_json(folder / "cell.json", "Record", mend)
+        lines = _lines(read_text(folder / "samples.jsonl", "Samples", mend))
+        samples = [parse_json(line, f"line {number} of its samples", mend) for number, line in enumerate(lines, 1)]
+        record = _record(values, samples, mend)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{folder} is not a complete cell of a sweep: {error}") from None
+    if record.name != folder.name:  # the name says where more files of the cell are looked for
+        raise ValueError(f"{folder} is not a complete cell of a sweep: it calls itself {quoted(record.name)}; {mend}.")
+    return record
+
+
+def _record(values: dict[str, Any], samples: list[Any], mend: str) -> CellRecord:
+    """A record from the JSON of its fields and of its samples.
+
+    Raises:
+        ValueError: for what has other fields, or values of other types.
+    """
+    made = [_made(Sample, value, f"sample {number}", mend) for number, value in enumerate(samples, 1)]
+    return replace(_made(CellRecord, values, "the record", mend), samples=tuple(made))
+
+
+def _made(made: type[T], values: Any, where: str, mend: str) -> T:
+    kinds = _KINDS[made]
+    checked(values, dict, where, mend)
+    for name in values:
+        if name not in kinds or name == "samples":
+            raise ValueError(f"{where} has the unknown field {quoted(name)}; {mend}.")
+    for name in _NEEDED[made]:
+        if name not in values:
+            raise ValueError(f"{where} lacks the field {name}; {mend}.")
+    checked(values, {name: kinds[name] for name in values}, where, mend)
+    return made(**values)
 
 
 def _lines(text: str) -> list[str]:
@@ -117,7 +185,7 @@ def read_cells(sweep: Path) -> Iterator[CellRecord]:
         ValueError: for a record that is damaged.
     """
     folders = {file.parent.name: file.parent for file in (sweep / "cells").glob("*/cell.json")}
-    packed = {record.name: record for record in _read_compact(sweep / COMPACT)}
+    packed = _read_compact(sweep / COMPACT)
     for name in sorted({*folders, *packed}):
         yield read_cell(folders[name]) if name in folders else packed[name]
 
@@ -125,30 +193,57 @@ def read_cells(sweep: Path) -> Iterator[CellRecord]:
 def write_compact(sweep: Path, records: Iterable[CellRecord]) -> Path:
     """Store cells in one compressed file, a line each; the same records give the same bytes."""
     lines = [json.dumps(_packed(record), ensure_ascii=False, sort_keys=True) + "\n" for record in records]
-    data = lzma.compress("".join(lines).encode(), preset=9)  # its window spans cells: answers repeat
-    path, part = sweep / COMPACT, sweep / f".{COMPACT}.{os.getpid()}"
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    path = sweep / COMPACT
+    write_atomically(path, lzma.compress("".join(lines).encode(), preset=9))  # its window spans cells: answers repeat
     return path
 
 
-def _read_compact(path: Path) -> Iterator[CellRecord]:
-    if not path.exists():
-        return
+def _read_compact(path: Path) -> dict[str, CellRecord]:
+    """The cells of a compact file by their names; none without the file."""
+    mend = "restore it from where it came"
+    records: dict[str, CellRecord] = {}
     try:
-        for line in _lines(lzma.decompress(path.read_bytes()).decode()):
-            values = json.loads(line)
-            samples = [dict(zip(values["sample_fields"], row, strict=True)) for row in values.pop("samples")]
-            del values["sample_fields"]
-            record = CellRecord(**values, samples=tuple(Sample(**sample) for sample in samples))
-            if record.name in ("", "..") or Path(record.name).name != record.name:
-                raise ValueError(f"a cell calls itself {record.name!r}, which is no name of a folder")
-            yield record
-    except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not what a sweep wrote ({error}); restore it from where it came.") from error
+        packed = read_bytes(path, "File", mend)
+    except FileNotFoundError:
+        return {}
+    try:
+        for number, line in enumerate(_unpacked(packed, mend), 1):
+            record = _unpacked_record(parse_json(line, f"line {number}", mend), mend)
+            cell_folder(path.parent, record.name)
+            if record.name in records:
+                raise ValueError(f"it has the cell {quoted(record.name)} twice; {mend}.")
+            records[record.name] = record
+    except lzma.LZMAError as error:
+        raise ValueError(f"{path} is not what a sweep wrote: {error}; {mend}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not what a sweep wrote: {error}") from None
+    return records
+
+
+def _unpacked(packed: bytes, mend: str) -> Iterator[bytes]:
+    """The lines of a compact file, with bounds on each and on all of them together."""
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LARGEST)
+    total, rest = 0, b""
+    while not decompressor.eof:
+        if decompressor.needs_input and not packed:
+            raise ValueError(f"its end is missing; {mend}.")
+        piece = decompressor.decompress(packed, 2**24)
+        packed, total = b"", total + len(piece)
+        *lines, rest = (rest + piece).split(b"\n")
+        if total > LARGEST_UNPACKED or len(rest) > LARGEST:
+            raise ValueError(f"it unpacks to more than a sweep holds; {mend}.")
+        yield from filter(None, [*lines, rest] if decompressor.eof else lines)
+    if decompressor.unused_data:
+        raise ValueError(f"something stands behind its end; {mend}.")
+
+
+def _unpacked_record(values: Any, mend: str) -> CellRecord:
+    kinds: dict[str, Any] = {"samples": list[list], "sample_fields": list[str]}
+    checked(values, kinds, "a record", mend)
+    samples, names = values.pop("samples"), values.pop("sample_fields")
+    if any(len(row) != len(names) for row in samples):
+        raise ValueError(f"a record has samples without {len(names)} fields; {mend}.")
+    return _record(values, [dict(zip(names, row, strict=True)) for row in samples], mend)
 
 
 def _packed(record: CellRecord) -> dict[str, Any]:
@@ -160,5 +255,10 @@ def _packed(record: CellRecord) -> dict[str, Any]:
 
 
 def forget_cell(sweep: Path, name: str) -> None:
-    """Remove a cell, so that it runs again."""
-    shutil.rmtree(sweep / "cells" / name, ignore_errors=True)
+    """Remove a cell, so that it runs again.
+
+    Raises:
+        ValueError: for a name that is none of a folder.
+    """
+    with suppress(FileNotFoundError):
+        shutil.rmtree(cell_folder(sweep, name))
