@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import shutil
 import sys
@@ -12,14 +14,16 @@ from typing import Any
 import pytest
 import transformers
 from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.evaluator_utils import get_task_list
 from lmms_eval.loggers import EvaluationTracker
-from lmms_eval.tasks import TaskManager
+from lmms_eval.tasks import TaskManager, get_task_dict
 
 from sparsemm_lmms import HeadScores
 from sparsemm_lmms.cli import app as cli
-from sparsemm_lmms.cli import main
+from sparsemm_lmms.cli import main, tasks_folder
 from sparsemm_lmms.model_wrappers import commands, host
 from sparsemm_lmms.model_wrappers.base import CompressedChatModel
+from sparsemm_lmms.model_wrappers.records import fingerprint, settings_of_evaluation
 from sparsemm_lmms.model_wrappers.results import KEY, read_results
 
 from . import tiny
@@ -182,6 +186,77 @@ def test_a_run_is_repeated_from_its_record(
         main()
     printed = capsys.readouterr().out
     assert "environment.versions.torch: 1.0 in the record" in printed and "differs" in printed
+
+
+def evaluation_of(folder: Path) -> dict[str, Any]:
+    manager = TaskManager("ERROR", include_path=str(folder), include_defaults=False)
+    found = get_task_list(get_task_dict(["tiny_images"], manager, "chat"))
+    return settings_of_evaluation({"include_path": str(folder)}, {o.task_name: o.task.dump_config() for o in found})
+
+
+def replaced(file: Path, old: str, new: str) -> None:
+    assert old in (text := file.read_text())
+    file.write_text(text.replace(old, new))
+
+
+def test_what_a_task_is_decides_the_fingerprint(task: Callable[..., Path], tmp_path: Path) -> None:
+    folder = task([png(0)])
+    [yaml] = folder.glob("*.yaml")
+    replaced(yaml, "metric: letters", "metric: !function utils.results")  # a function inside a list stays a function
+    first = evaluation_of(folder)
+    seen = {fingerprint(first)}
+    assert "0x" not in json.dumps(first) and str(tmp_path) not in json.dumps(first)
+    config = first["tasks"]["tiny_images"]
+    assert config["doc_to_target"] == "answer" and config["doc_to_text"] == "<function text>"
+    source = hashlib.sha256((folder / "utils.py").read_bytes()).hexdigest()
+    assert config["metric_list"][0]["metric"] == {"function": "results", "sha256": source}
+    data = config["dataset_kwargs"]["data_files"]["test"]
+    [parquet] = tmp_path.rglob(data["name"])
+    assert data["sha256"] == hashlib.sha256(parquet.read_bytes()).hexdigest()
+
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    assert fingerprint(evaluation_of(moved)) in seen
+    changes: list[Callable[[], object]] = [
+        lambda: replaced(yaml, "higher_is_better: true", "higher_is_better: false"),
+        lambda: replaced(yaml, "max_new_tokens: 6", "max_new_tokens: 5"),
+        lambda: replaced(folder / "utils.py", 'doc["question"]', '"Say nothing."'),
+        lambda: (folder / "helper.py").write_text("WORDS = 3\n"),
+        lambda: shutil.copy(tasks_folder() / "sparsemm_demo_ocr.parquet", parquet),
+    ]
+    for change in changes:
+        change()
+        seen.add(fingerprint(evaluation_of(folder)))
+    assert len(seen) == 1 + len(changes)
+
+
+def test_local_data_is_told_by_content(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "data" / f"{name}.json").write_text(name)
+
+    def told(path: str, **kwargs: Any) -> Any:
+        tasks = settings_of_evaluation({}, {"t": {"dataset_path": path, "dataset_kwargs": kwargs}})["tasks"]
+        return tasks["t"]["dataset_path"], tasks["t"]["dataset_kwargs"].get("data_files")
+
+    def all_told() -> list[Any]:
+        return [told(str(tmp_path / "data")), told("json", data_files=[str(tmp_path / "data" / "*.json")])]
+
+    (path, _), (builder, [files]) = before = all_told()
+    assert path["name"] == "data" and builder == "json" and files["sha256"] == path["sha256"]
+    (tmp_path / "data" / "b.json").write_text("c")
+    assert all(after != first for after, first in zip(all_told(), before, strict=True))
+    assert told("org/data", data_files="test/*.json") == ("org/data", "test/*.json")  # on the hub
+    assert told("json", data_files="https://host/a.json") == ("json", "https://host/a.json")
+
+
+def test_functions_are_told_by_name_and_source() -> None:
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    tasks = {"t": {"process_docs": png, "filter_list": [functools.partial(replaced, old="a"), len, {"b", "a"}]}}
+    config = settings_of_evaluation({"limit": None}, tasks)["tasks"]["t"]
+    assert config["process_docs"]["function"] == "png" and len(config["process_docs"]["sha256"]) == 64
+    ours = {"function": "replaced", "sha256": source, "arguments": [[], {"old": "a"}]}
+    assert config["filter_list"] == [ours, {"function": "len", "sha256": None}, ["a", "b"]]
 
 
 def test_rerun_of_no_record(tmp_path: Path) -> None:
