@@ -83,12 +83,13 @@ def test_stock_again_after_an_error_and_fullkv_after_snapkv(loaded):
         assert session.cache.report()["nominal_budget"] is None
 
 
+@pytest.mark.parametrize("pooling", ["avgpool", "maxpool"])
 @pytest.mark.parametrize("method", COMPRESSING)
-def test_batch_of_eight_equals_batch_of_one(loaded, method):
+def test_batch_of_eight_equals_batch_of_one(loaded, method, pooling):
     """Same tokens and same kept positions, whatever shares the batch."""
     model, processor = loaded
     prompts = PROMPTS + [PROMPTS[1], ([2], "?"), ([0, 3], "Sum of both"), ([1], "Who?")]
-    config = CompressionConfig(method=method, budget=10, **SMALL)
+    config = CompressionConfig(method=method, budget=10, pooling=pooling, **SMALL)
     inputs = encode(processor, prompts)
     with compress(model, config, scores_for(method)) as session:
         together = generate(model, inputs)[:, inputs["input_ids"].shape[1] :]
