@@ -158,6 +158,7 @@ def show(
     budget: Annotated[int, typer.Option(min=1, help="Budget of the retention map.")] = 64,
     window_size: Annotated[int, typer.Option(min=1)] = 32,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu; default CUDA before CPU.")] = "",
+    foreign_head_scores: Annotated[bool, typer.Option(help="Take a score file of another model.")] = False,
 ) -> None:
     """Draw where visual heads and others look while the model answers, and what the cache keeps of the image."""
     from sparsemm_lmms.config import CompressionConfig
@@ -168,7 +169,9 @@ def show(
     compression = CompressionConfig(method=method, budget=budget, window_size=window_size)
     picture, question = _picture(image, question)
     path, loaded, processor = named_model(model, pretrained, revision, device)
-    scores = resolve_head_scores(head_scores, loaded.config, path, revision, model=loaded, processor=processor)
+    scores = resolve_head_scores(
+        head_scores, loaded.config, path, revision, model=loaded, processor=processor, foreign=foreign_head_scores
+    )
     view = view_heads(
         loaded, processor, picture, question, scores, count=heads, max_tokens=tokens, compression=compression
     )

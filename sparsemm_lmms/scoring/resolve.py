@@ -197,18 +197,19 @@ def _check_origin(
     scores: HeadScores, spec: str, config: Any, pretrained: str, revision: str | None, foreign: bool
 ) -> None:
     """Refuse scores whose provenance names another model; warn where the same one has changed since."""
-    facts = scores.provenance
-    model, kind = facts.get("model"), facts.get("model_type")
-    there, here = facts.get("checkpoint"), checkpoint_version(pretrained, revision, config)
-    other_kind = kind is not None and kind != config.model_type
-    named = isinstance(model, str)
-    same_name = not named or _full_name(str(model)) == _full_name(pretrained)
-    same_name &= there is None or facts.get("revision") in (None, revision)
-    if not other_kind and (there == here or (same_name and there is None)):
+    model, kind, there = (scores.provenance.get(name) for name in ("model", "model_type", "checkpoint"))
+    if model is None and kind is None:
         return
-    found = f"{model if named else 'another model'}{f' ({kind})' if kind is not None else ''}"
+    here = checkpoint_version(pretrained, revision, config)
+    same_kind = kind in (None, config.model_type)
+    same_name = model is None or _full_name(str(model)) == _full_name(pretrained)
+    if there is not None:
+        same_name &= scores.provenance.get("revision") in (None, revision)
+    if same_kind and (there == here or (same_name and there is None)):
+        return
+    found = f"{model or 'another model'}{'' if kind is None else f' ({kind})'}"
     told = f"head_scores={spec} were found on {found}, and the model is {pretrained} ({config.model_type})"
-    if not other_kind and same_name:
+    if same_kind and same_name:
         logger.warning(
             f"{told} whose files have changed since (checkpoint {there} there, {here} now): make the scores anew with "
             "`sparsemm-lmms chase --overwrite` if its weights are others."

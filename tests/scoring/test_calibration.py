@@ -1,7 +1,10 @@
 """Calibration pages: generated, SynthDoG with detection, a folder; readings; bad inputs."""
 
+import hashlib
 import io
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -109,7 +112,15 @@ def test_folder(tmp_path, monkeypatch):
     reasons = [sample.reason for sample in read[2:9]]
     for reason, words in zip(
         reasons,
-        ["not a readable image", "d.json is missing", "e.json lacks the field boxes[0].box", "f.json", "not a readable", "no text", "outside"],
+        [
+            "not a readable image",
+            "d.json is missing",
+            "e.json lacks the field boxes[0].box",
+            "f.json",
+            "not a readable",
+            "no text",
+            "outside",
+        ],
         strict=True,
     ):
         assert words in reason
@@ -118,6 +129,57 @@ def test_folder(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no images"):
         list(FolderPages(tmp_path / "empty"))
+
+
+def test_a_file_of_boxes_that_is_wrong_names_the_place(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    beside = tmp_path / "a.json"
+    word = {"text": "x", "box": [1, 2, 20, 9]}
+    for facts, words in [
+        ({"lines": [[word], [{**word, "text": None}]]}, "null for lines[1][0].text"),
+        ({"lines": [word]}, "an object for lines[0], not a list"),
+        ({"lines": "abc"}, "for lines, not a list"),
+        ({"boxes": [word, {**word, "box": [1, 2, "3", 4]}]}, "for boxes[1].box[2], not a number"),
+        ({"boxes": [{**word, "box": [1, 2, 3]}]}, "3 numbers for the box of 'x'"),
+        ({"boxes": [{**word, "box": [10**50, 2, 3, 4]}]}, "a number of 51 digits"),
+        ([word], "a list for its content, not an object"),
+        ({}, "lacks the field boxes"),
+    ]:
+        beside.write_text(json.dumps(facts))
+        [skipped] = FolderPages(tmp_path)
+        assert f"its file of boxes {beside}" in skipped.reason and words in skipped.reason
+    beside.write_bytes(b"\xff")
+    assert "not UTF-8" in next(iter(FolderPages(tmp_path))).reason
+    beside.unlink()
+    os.mkfifo(beside)
+    assert "no regular file" in next(iter(FolderPages(tmp_path))).reason
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "b.json").write_text(json.dumps({"boxes": [word]}))
+    assert "b.png is no regular file" in list(FolderPages(tmp_path))[1].reason
+    assert FolderPages(tmp_path).describe()["sha256"]  # waits for neither
+
+
+def test_a_folder_says_what_it_holds(tmp_path):
+    def told(**options):
+        facts = FolderPages(tmp_path, **options).describe()
+        return facts.pop("seed"), json.dumps(facts)
+
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / f"{name}.json").write_text('{"boxes": []}')
+    first = told()
+    (tmp_path / "notes.txt").write_text("no image, no boxes")
+    assert told() == first and told(seed=3) == (3, first[1])
+    seen = {first, told(readings="mixture"), told(prompt="?")}
+    for change in (
+        lambda: (tmp_path / "a.png").write_bytes(png(41)),
+        lambda: (tmp_path / "b.json").write_text('{"lines": []}'),
+        lambda: (tmp_path / "a.json").rename(tmp_path / "c.json"),
+        lambda: (tmp_path / "c.png").write_bytes(png()),
+    ):
+        change()
+        seen.add(told())
+    assert len(seen) == 7
 
 
 @pytest.fixture()
@@ -159,6 +221,26 @@ def test_synthdog_parquet(synthdog):
         assert read[5].boxes == (Box("q", (1, 1, 9, 5)),)
         for sample, words in zip(read[1:5], ["not a readable", "no image", "no text boxes", "outside"], strict=True):
             assert words in sample.reason and sample.name.startswith(str(where))
+
+
+def test_synthdog_says_what_it_holds(synthdog):
+    file = synthdog / "train-00000.parquet"
+    whole, one = (SynthDogPages(str(where), seed=4).describe() for where in (synthdog, file))
+    assert whole["seed"] == 4 and one["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    shutil.copy(file, synthdog / "train-00001.parquet")
+    assert SynthDogPages(str(synthdog)).describe()["sha256"] not in (whole["sha256"], one["sha256"])
+    assert SynthDogPages("org/data").describe()["sha256"] is None
+
+
+def test_synthdog_text_that_is_none(synthdog):
+    import pyarrow.parquet as pq
+
+    file = synthdog / "train-00000.parquet"
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[0]["2_coord"][1]["chunk"] = None
+    pq.write_table(type(table).from_pylist(rows, table.schema), file)
+    assert "chunk is None, not text" in next(iter(SynthDogPages(str(synthdog)))).reason
 
 
 def test_synthdog_saved_to_disk_and_wrong_columns(synthdog, tmp_path):

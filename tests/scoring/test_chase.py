@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaNextForConditionalGeneration
 
 from sparsemm_lmms.head_scores import HeadScores, provenance_path
 from sparsemm_lmms.scoring import passes
 from sparsemm_lmms.scoring.chase import ChaseSettings, text_shape
 from sparsemm_lmms.scoring.chase import score_heads as chase
 from sparsemm_lmms.scoring.inputs import chat_messages
+from sparsemm_lmms.scoring.partial import PartialResults
 from sparsemm_lmms.scoring.samples import Box, CalibrationSample, Skipped, Span
 from sparsemm_lmms.scoring.token_grid import grid_for
 
@@ -320,6 +322,146 @@ def test_partial_of_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(views: 'high' there, 'all' here\); delete it"):
         settings = ChaseSettings("teacher", batch_size=2, views="all")
         chase(model, processor, breaking(), tmp_path / "s.json", settings, progress=False)
+
+
+def test_a_partial_file_of_other_images_weights_or_processor_is_refused(tmp_path):
+    tiny.llava_next("mistral").save_pretrained(tmp_path / "m")
+    processor = tiny.llava_processor()
+
+    def load():
+        model = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "m")
+        return tiny.sayable(model.eval())
+
+    def killed(samples):
+        yield from samples
+        raise KeyboardInterrupt
+
+    def resumed(samples, model=None, processor=processor):
+        return run(model or load(), processor, killed(samples), tmp_path / "s.json")
+
+    good = list(make_samples(4))
+    with pytest.raises(KeyboardInterrupt):
+        resumed(good[:2])
+    before = (tmp_path / "s.json.partial.jsonl").read_bytes()
+    others = [
+        (replace(good[0], image=noise(112, 112, 9)), "input 0: 's0' there, another here"),
+        (replace(good[0], answer="abc"), "input 0: 's0' there, another here"),
+        (replace(good[0], prompt="?"), "another here"),
+        (replace(good[0], boxes=good[0].boxes[1:]), "another here"),
+        (replace(good[0], name="new"), "input 0: 's0' there, 'new' here"),
+        (Skipped("s0", "is gone."), "another here"),
+    ]
+    for other, words in others:
+        with pytest.raises(
+            ValueError, match=f"s.json.partial.jsonl belongs to a run on other images .*{words}.*delete"
+        ):
+            resumed([other, *good[1:]])
+    with pytest.raises(ValueError, match="input 1: 's1' there, none here"):
+        run(load(), processor, (sample for sample in good[:1]), tmp_path / "s.json")
+    with pytest.raises(ValueError, match="other settings .processor: '"):
+        resumed(good, processor=tiny.llava_processor(do_normalize=False))
+    os.utime(tmp_path / "m" / "model.safetensors", (1, 1))
+    with pytest.raises(ValueError, match="other settings .checkpoint: '"):
+        resumed(good)
+    assert (tmp_path / "s.json.partial.jsonl").read_bytes() == before
+    model = load()
+    scores = run(model, processor, iter(good), tmp_path / "s.json", overwrite=True)
+    assert np.array_equal(scores.values, run(model, processor, iter(good), tmp_path / "w.json").values)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda record: {**record, "score": "abc"}, 'has "?.?abc.* for score, not a list'),
+        (lambda record: {**record, "score": record["score"][1:]}, "score is no table of 3 x 4 numbers"),
+        (lambda record: {**record, "mass": [[1], *record["mass"][1:]]}, "mass is no table of 3 x 4 numbers"),
+        (lambda record: {**record, "tokens": None}, "tokens"),
+        (lambda record: {**record, "index": 5}, "index is 5, not 0"),
+        (lambda record: {**record, "skipped": 1}, "skipped"),
+        (lambda record: [], "has a list for its content"),
+    ],
+)
+def test_a_partial_file_that_holds_something_else_is_refused(change, said, tmp_path):
+    settings = {"layers": 3, "q_heads": 4}
+    record = {"index": 0, "name": "a", "sample": "f", "tokens": 1, "counted": 1}
+    record |= {"score": [[0.5] * 4] * 3, "mass": [[0] * 4] * 3}
+    with PartialResults(tmp_path / "s.json", settings, 1) as partial:
+        partial.append([record])
+    with PartialResults(tmp_path / "s.json", settings, 1) as partial:
+        assert partial.records == [record]
+    path = tmp_path / "s.json.partial.jsonl"
+    header = path.read_bytes().splitlines()[0]
+    path.write_bytes(header + b"\n" + json.dumps(change(record)).encode() + b"\n")
+    with pytest.raises(ValueError, match=rf"Line 2 of {path}:? .*{said}.*; delete it or choose another output"):
+        PartialResults(tmp_path / "s.json", settings, 1).__enter__()
+
+
+def test_a_partial_file_that_is_no_text_or_no_file(tmp_path):
+    path = tmp_path / "s.json.partial.jsonl"
+    deep = b"[" * 100000
+    for content, words in ((b"\xff\n{}\n", "not UTF-8"), (deep + b"\n{}\n", "deeper"), (b"3\n{}\n", "another version")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path} .*{words}.*; delete it"):
+            PartialResults(tmp_path / "s.json", {}, 1).__enter__()
+    path.unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        with pytest.raises(ValueError, match=f"{path} is no regular file; delete it"):
+            PartialResults(tmp_path / "s.json", {}, 1).__enter__()
+        path.unlink() if make is os.mkfifo else path.rmdir()
+
+
+class Described(list):
+    """Samples that say what they are, and count how often they are read."""
+
+    read = 0
+
+    def __iter__(self):
+        type(self).read += 1
+        return super().__iter__()
+
+    def describe(self):
+        return {"source": "test", "names": [sample.name for sample in list.__iter__(self)]}
+
+
+def test_a_finished_file_is_kept_and_no_other_run_replaces_it(tmp_path):
+    model, processor, path = tiny.llava_next(), tiny.llava_processor(), tmp_path / "s.json"
+    samples = Described(make_samples(3))
+    made = run(model, processor, samples, path)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert made.provenance["inputs"] == 3 and Described.read == 1
+    assert run(model, processor, samples, path).content_hash == made.content_hash
+    others = [
+        (lambda: run(model, processor, samples, path, limit=2), "inputs: 3 there, 2 here"),
+        (lambda: run(model, processor, Described(samples[1:]), path), r"data.names: \['s0', 's1', 's2'\] there"),
+        (
+            lambda: run(tiny.qwen2_vl(), tiny.qwen_processor(), samples, path),
+            "model_type: 'llava_next' there, 'qwen2_vl'",
+        ),
+        (lambda: run(model, processor, samples, path, model_id="org/model"), "model: .* there, 'org/model' here"),
+        (lambda: chase(model, processor, samples, path, ChaseSettings("free", batch_size=2)), "mode: 'teacher' there"),
+        (lambda: run(model, processor, samples[:], path), "data.source: 'test' there, 'list' here"),
+    ]
+    read = Described.read
+    for other, words in others:
+        with pytest.raises(
+            ValueError, match=rf"--output {path} holds the scores of another run \(.*{words}.*--overwrite"
+        ):
+            other()
+    assert Described.read == read and files == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    again = run(model, processor, samples, path, limit=2, overwrite=True)
+    assert again.provenance["inputs"] == 2 and HeadScores.load(path).content_hash == again.content_hash
+
+    unknown = tmp_path / "list.json"
+    run(model, processor, samples[:], unknown)
+    with pytest.raises(ValueError, match="these samples do not say what they are; give another name, or --overwrite"):
+        run(model, processor, samples[:], unknown)
+    provenance_path(path).unlink()
+    with pytest.raises(ValueError, match="no record of how it was made; give another name, or --overwrite"):
+        run(model, processor, samples, path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no finished score file .*; give another name, or --overwrite"):
+        run(model, processor, samples, path)
 
 
 def test_a_run_that_did_nothing_leaves_nothing(tmp_path):

@@ -57,6 +57,22 @@ def test_chase_heads_budgets(folder, tmp_path):
     ]  # fmt: skip
 
 
+def test_chase_keeps_what_is_finished_unless_told(folder, tmp_path):
+    scores = tmp_path / "scores.json"
+    command = ["chase", "--model", "qwen2_vl", "--pretrained", folder, "--mode", "teacher", "--device", "cpu"]
+    command += ["--output", scores, "--images"]
+    invoke(*command, 4)
+    before = scores.read_bytes()
+    assert "Written to" in invoke(*command, 4) and scores.read_bytes() == before
+    with pytest.raises(ValueError, match=f"--output {scores} holds the scores of another run .inputs: 4 there, 3 here"):
+        invoke(*command, 3)
+    with pytest.raises(ValueError, match="data.seed: 0 there, 1 here.*--overwrite"):
+        invoke(*command, 4, "--seed", 1)
+    assert scores.read_bytes() == before
+    invoke(*command, 3, "--overwrite")
+    assert json.loads(provenance_path(scores).read_text())["images"] == 3
+
+
 def test_wrong_family_and_too_many_files(folder, tmp_path):
     with pytest.raises(ValueError, match="is a qwen2_vl model, not llava_next; set --model"):
         invoke("chase", "--pretrained", folder, "--output", tmp_path / "s.json", "--images", 1, "--device", "cpu")
@@ -159,6 +175,12 @@ def test_budgets_picture_shows_the_table(tmp_path, figures):
 def test_show_asks_a_demo_page_its_own_question(folder, tmp_path):
     scores = HeadScores.random(3, 4).save(tmp_path / "s.json")
     options = ["--model", "qwen2_vl", "--pretrained", folder, "--device", "cpu", "--head-scores", scores, "--heads", 1]
+    HeadScores(np.ones((3, 4)), provenance={"model_type": "llava_next"}).save(tmp_path / "other.json")
+    other = ["show", "--image", "demo:3", "--tokens", 1, "--plot", tmp_path / "o.png", *options]
+    other[other.index(scores)] = tmp_path / "other.json"
+    with pytest.raises(ValueError, match="were found on another model .llava_next., and the model is"):
+        invoke(*other)
+    assert "Answer:" in invoke(*other, "--foreign-head-scores")
     told = invoke("show", "--image", "demo:3", "--tokens", 1, "--plot", tmp_path / "v.png", *options)
     assert "Answer:" in told and (tmp_path / "v.png").is_file()
     Image.new("RGB", (50, 40)).save(tmp_path / "page.png")

@@ -2,14 +2,16 @@
 
 import multiprocessing
 import os
+import shutil
 
 import numpy as np
 import pytest
+from loguru import logger
 from transformers import PreTrainedConfig
 
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.scoring import resolve, resolve_head_scores
-from sparsemm_lmms.scoring.resolve import cache_file
+from sparsemm_lmms.scoring.resolve import cache_file, folder_version
 
 from . import tiny
 
@@ -85,6 +87,102 @@ def test_the_cache_tells_models_revisions_and_weights_apart(config, folder, tmp_
     before = cache_file(config, str(folder), "main", tmp_path)
     os.utime(folder / "model.safetensors", (1, 1))
     assert cache_file(config, str(folder), "main", tmp_path) != before
+
+
+def test_every_file_of_a_folder_that_shapes_answers_is_in_its_version(folder, tmp_path):
+    copy = tmp_path / "m"
+    shutil.copytree(folder, copy)
+    seen = [folder_version(copy)]
+    assert seen == [folder_version(folder)]  # wherever it lies
+    (copy / "sub").mkdir()
+    names = ("chat_template.jinja", "tokenizer.model", "merges.txt", "config.json", "sub/vocab.txt", "x.safetensors")
+    for name in names:
+        file = copy / name
+        file.write_bytes((file.read_bytes() if file.exists() else b"") + b" ")
+        seen.append(folder_version(copy))
+    template = (copy / "chat_template.jinja").stat()
+    text = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").write_text(text[:-2] + "##")
+    os.utime(copy / "chat_template.jinja", ns=(template.st_atime_ns, template.st_mtime_ns))
+    seen.append(folder_version(copy))  # the same size and time
+    (copy / "sub" / "vocab.txt").rename(copy / "vocab.txt")
+    seen.append(folder_version(copy))
+    assert len(set(seen)) == len(names) + 3
+    HeadScores.random(3, 4).save(copy / "head_scores.json")
+    HeadScores.random(3, 4).save(copy / "mine.json")
+    (copy / "mine.json.partial.jsonl").write_text("{}")
+    (copy / ".git").mkdir()
+    (copy / ".git" / "HEAD").write_text("main")
+    assert folder_version(copy) == seen[-1]
+
+
+@pytest.fixture()
+def warned():
+    told = []
+    handler = logger.add(lambda message: told.append(message.record["message"]), level="WARNING")
+    yield told
+    logger.remove(handler)
+
+
+def test_scores_of_another_model_are_refused(config, folder, tmp_path, warned, monkeypatch):
+    other = tmp_path / "tiny-llava"
+    shutil.copytree(folder, other)
+    os.utime(other / "model.safetensors", (2, 2))  # weights of their own
+    facts = {"model": str(folder), "model_type": "llava_next", "checkpoint": folder_version(folder), "revision": "main"}
+
+    def use(pretrained=folder, spec="{}", foreign=False, **more):
+        path = HeadScores(np.arange(1.0, 13).reshape(3, 4), provenance={**facts, **more}).save(tmp_path / "s.json")
+        name = str(pretrained)
+        return resolve_head_scores(spec.format(path), config, name, "main", cache_dir=tmp_path / "c", foreign=foreign)
+
+    mend = "make scores for this model with `sparsemm-lmms chase`, or set foreign_head_scores=true"
+    refused = (
+        rf"head_scores={tmp_path / 's.json'} were found on {folder} \(llava_next\), and the model is {other}.*{mend}"
+    )
+    for spec in ("{}", "layer_mean:{}", "permuted:{}"):
+        with pytest.raises(ValueError, match=refused):
+            use(other, spec)
+    with pytest.raises(ValueError, match=r"found on org/model \(qwen2_vl\), and the model is .* \(llava_next\)"):
+        use(model="org/model", model_type="qwen2_vl")
+    with pytest.raises(ValueError, match=r"found on demo/llava_next \(llava_next\)"):
+        use(model="demo/llava_next", checkpoint=None)
+    with pytest.raises(ValueError, match="found on org/model"):
+        use("org/model", model="org/model", revision="v1", checkpoint="abc")
+    assert not warned
+    assert np.array_equal(use(other, foreign=True).values.ravel(), np.arange(1.0, 13))
+    assert len(warned) == 1 and "foreign_head_scores" in warned.pop()
+
+    monkeypatch.chdir(folder.parent)
+    use(folder.name)  # the same folder by another name
+    use(model=folder.name)
+    use(model="elsewhere/copy")  # the same files
+    use(checkpoint=None)
+    use("org/model", model="org/model", checkpoint="main")
+    use(model=None, model_type=None, checkpoint=None)  # a file of other tools
+    use(model=None, checkpoint=None)
+    assert not warned
+    use(checkpoint="before")
+    assert len(warned) == 1 and "files have changed since (checkpoint before there" in warned[0]
+
+
+def test_a_demo_models_scores_go_with_it_under_both_names():
+    from sparsemm_lmms.demo import FAMILIES, model_path
+
+    for family in FAMILIES:
+        path = model_path(family)
+        config, _ = PreTrainedConfig.get_config_dict(path)
+        scores = resolve_head_scores(f"{path}/head_scores.json", config, path)
+        assert scores.provenance["model"] == f"demo/{family}"
+
+
+def test_names_that_can_be_no_file(config, folder):
+    for spec in ("a" * 300, "a\0b", "file/" * 2000):
+        with pytest.raises(FileNotFoundError, match="is neither a file nor one of auto"):
+            resolve_head_scores(spec, config, str(folder))
+    for spec in ("layer_mean:" * 2000, "permuted:layer_mean", "layer_mean:permuted:auto"):
+        with pytest.raises(ValueError, match="transforms the scores twice; give (permuted|layer_mean):PATH"):
+            resolve_head_scores(spec, config, str(folder))
+    assert np.ptp(resolve_head_scores("layer_mean:random", config, str(folder)).values, axis=1).max() == 0
 
 
 def test_shape_comes_from_the_config_class_where_the_file_is_silent():

@@ -78,7 +78,7 @@ def _text(kind: str) -> LlamaConfig | MistralConfig:
     return MistralConfig(num_key_value_heads=2, sliding_window=None, **common)
 
 
-def _sayable(model):
+def sayable(model):
     """Never generates a special token but the end, nor an id without text."""
     unused = range(len(SPECIAL) + len(CHARACTERS), VOCABULARY)
     model.generation_config.suppress_tokens = [i for i in range(len(SPECIAL)) if i != 2] + list(unused)
@@ -98,7 +98,7 @@ def llava_next(kind: str = "vicuna", seed: int = 0) -> LlavaNextForConditionalGe
         vision_feature_layer=-1,
     )
     config._attn_implementation = "sdpa"
-    return _sayable(LlavaNextForConditionalGeneration(config).eval())
+    return sayable(LlavaNextForConditionalGeneration(config).eval())
 
 
 def llava_processor(words: tuple[str, ...] = (), **image_options) -> LlavaNextProcessor:
@@ -145,7 +145,7 @@ def qwen2_vl(seed: int = 0) -> Qwen2VLForConditionalGeneration:
         eos_token_id=2,
     )
     config._attn_implementation = "sdpa"
-    return _sayable(Qwen2VLForConditionalGeneration(config).eval())
+    return sayable(Qwen2VLForConditionalGeneration(config).eval())
 
 
 def qwen_processor(words: tuple[str, ...] = (), **image_options) -> Qwen2VLProcessor:
