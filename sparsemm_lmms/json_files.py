@@ -177,6 +177,15 @@ def quoted(name: str) -> str:
     return json.dumps(_cut(name))
 
 
+def one_line(text: str) -> str:
+    """A text with a space for each line break and other letter that is not printed.
+
+    >>> one_line("a\\nb")
+    'a b'
+    """
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 class _Content(ValueError):
     """What a hook finds, as the rest of a sentence about the file."""
 
@@ -205,7 +214,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
         level = [item for items in inner for item in items if isinstance(item, (dict, list))]
         if not level:

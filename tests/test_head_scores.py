@@ -70,6 +70,16 @@ def test_order_is_numeric_not_alphabetic(tmp_path):
         ({**GOOD, "1-1": [True]}, ['"1-1"', "float"]),
         ({**GOOD, "1-1": {"a": 1}}, ['"1-1"', "float"]),
         ({"0-0": 0.0, "0-1": [0, 0]}, ["zero"]),
+        ({"0-0": 10**400}, ["401 digits"]),
+        ('{"0-0": 1' + "0" * 5000 + "}", ["5001 digits"]),
+        ('{"0-0": 1e999}', ['"0-0"', "inf"]),
+        ({"0-0": 1e308, "0-1": 1e308}, ["more than a float64"]),
+        ({"0-0": [1e308, 1e308]}, ["not finite"]),
+        ({"9" * 5000 + "-0": 1}, ["extra entry"]),
+        ({"999999999-999999999": 1}, ["lacks", '"0-0"']),
+        ({"a\nb": 1}, ["extra entry", r"a\nb"]),
+        ('{"0-0": ' + "[" * 100_000, ["deeper than"]),
+        ('{"0-0": "\\ud800"}', ["surrogate"]),
     ],
 )
 def test_every_defect_names_file_and_mend(tmp_path, content, words):
@@ -90,6 +100,50 @@ def test_missing_file_and_folder(tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\x80\x81\xff")
     with pytest.raises(ValueError, match="not UTF-8"):
         HeadScores.load(tmp_path / "binary.json")
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_above_64_bits_are_numbers(tmp_path):
+    path = write(tmp_path, {"0-0": 10**20, "0-1": [2**64, 2**70]})
+    assert HeadScores.load(path).values.tolist() == [[1e20, 2.0**63 + 2.0**69]]
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match="no regular file"):
+        HeadScores.load(tmp_path / "fifo")
+    path = HeadScores.uniform(1, 2).save(tmp_path / "s.json")
+    provenance_path(path).unlink()
+    os.mkfifo(provenance_path(path))
+    assert set(HeadScores.load(path).provenance) == {"path"}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    content=st.binary(max_size=40)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["0-0", "0-1", "1-0", "x"]), inner),
+        max_leaves=6,
+    ).map(lambda value: json.dumps(value).encode()),
+    at=st.integers(0, 60),
+    cut=st.integers(0, 2),
+    put=st.binary(max_size=2),
+    beside=st.booleans(),
+)
+def test_any_bytes_are_scores_or_a_sentence(tmp_path_factory, content, at, cut, put, beside):
+    path = tmp_path_factory.mktemp("scores") / "scores.json"
+    content = content[:at] + put + content[at + cut :]
+    if beside:
+        HeadScores.uniform(1, 2).save(path)
+        provenance_path(path).write_bytes(content)
+        assert HeadScores.load(path).values.shape == (1, 2)
+        return
+    path.write_bytes(content)
+    try:
+        assert HeadScores.load(path).values.any()
+    except ValueError as error:
+        assert type(error) is ValueError and str(path) in str(error)
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,8 +178,9 @@ def test_foreign_provenance_is_ignored(tmp_path):
     HeadScores.random(2, 2).save(tmp_path / "b.json")
     os.replace(tmp_path / "b.json", path)
     assert set(HeadScores.load(path).provenance) == {"path"}
-    provenance_path(path).write_text("{half")
-    assert set(HeadScores.load(path).provenance) == {"path"}
+    for damaged in ("{half", "[" * 100_000, "[]", '{"content_hash": 1}', "1" * 5000):
+        provenance_path(path).write_text(damaged)
+        assert set(HeadScores.load(path).provenance) == {"path"}
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ...head_scores import write_atomically
-from ...json_files import checked, read_bytes, read_json
+from ...json_files import checked, one_line, read_bytes, read_json
 from ..results import KEY, read_results
 from .statistics import METHOD_ORDER
 from .store import COMPACT, CellRecord, cell_folder, read_cells, write_text
@@ -255,8 +255,7 @@ def _copy(source: Path, folder: Path, stem: str) -> Path:
 
 def _plain(text: str) -> str:
     """Markdown that shows these letters: no mark, line, column or tag of a table comes from a record."""
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
-    return html.escape(MARKS.sub(r"\\\g<0>", line), quote=False)
+    return html.escape(MARKS.sub(r"\\\g<0>", one_line(text)), quote=False)
 
 
 def _item(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ...json_files import one_line
 from ..arguments import parse_arguments
 from ..loading import read_config
 from ..records import command_line, versions
@@ -163,7 +164,8 @@ def _only_failed(sweep: Path) -> bool:
 def _refuse_other(sweep: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     differing = [f"{name} {old.get(name)} there, {new.get(name)} here" for name in new if old.get(name) != new[name]]
     if differing:
+        told = one_line("; ".join(differing))
         raise ValueError(
-            f"--output {sweep} holds a sweep with other settings ({'; '.join(differing)}); repeat its settings to "
+            f"--output {sweep} holds a sweep with other settings ({told}); repeat its settings to "
             "go on with it, or name a new folder."
         )

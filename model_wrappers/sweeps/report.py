@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...json_files import one_line
 from . import plots, tables
 from .statistics import Block, blocks
 from .store import CellRecord, read_cells, read_plan, write_compact, write_text
@@ -75,7 +76,7 @@ def write_report(sweep: Path, figures: Sequence[str] = ()) -> Report:
     grids = tuple(tables.accuracy(block) for block in shown if block.compared())
     write_text(sweep / "tables" / "results.csv", _results(found))
     for block in shown:
-        stem = re.sub(r"[^\w.,+=@()-]", "_", f"{block.model}__{block.task}")
+        stem = "__".join(re.sub(r"[^\w.,+=@()-]", "_", name)[:100] for name in (block.model, block.task))
         for name, grid in _grids(block).items():
             write_text(sweep / "tables" / f"{stem}__{name}.csv", grid.csv())
     write_text(sweep / "report.json", json.dumps(_facts(plan, records, found), indent=1, ensure_ascii=False) + "\n")
@@ -186,4 +187,4 @@ def _other_aggregate(block: Block) -> list[str]:
 
 
 def _reasons(failed: Sequence[CellRecord]) -> str:
-    return f" ({'; '.join(dict.fromkeys(str(record.error) for record in failed))})" if failed else ""
+    return f" ({one_line('; '.join(dict.fromkeys(str(record.error) for record in failed)))})" if failed else ""

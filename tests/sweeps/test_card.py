@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,48 @@ def test_a_card_of_a_sweep(tmp_path: Path, submit: Callable[..., None]) -> None:
     assert path.name == "docvqa_test__llava_next_demo__snapkv__budget64.json"
     text = (tmp_path / "card.md").read_text()
     assert "| llava_next demo | sparsemm | 96 |" in text and "hardware: CPU" in text
+
+
+HOSTILE = (
+    "x |\n| **llava-34b** | fullkv | 99.9 |\r\n# <script>alert(1)</script> `a` $b$ [c](http://d)\u2028[e]: f \\| & -\t"
+)
+
+
+def test_a_card_shows_letters_and_no_mark_up(tmp_path: Path) -> None:
+    """A whole record whose names, settings and versions are hostile gives the lines that a plain one gives."""
+
+    def lines(text: str) -> list[str]:
+        folder = tmp_path / str(len(text))
+        file = results(folder, "sparsemm", 64, {"docvqa_test": 1})
+        data = json.loads(file.read_text())
+        record = data["sparsemm_lmms"]
+        record["settings"] |= {"model": f"llava_next_{text}", "pretrained": text, text: [text]}
+        names = ("gpu", "git_commit", "kernel_backend", "checkpoint", "image_size")
+        record["environment"] |= {**dict.fromkeys(names, text), "versions": {text: text}}
+        data["results"][text] = {f"{text},none": 0.5}
+        data["n-samples"][text] = {"effective": 1}
+        file.write_text(json.dumps(data))
+        write_card(read_runs(file), tmp_path / f"{len(text)}.md")
+        return (tmp_path / f"{len(text)}.md").read_text().splitlines()
+
+    plain, hostile = lines("plain"), lines(HOSTILE.replace("/", "|"))
+    assert len(hostile) == len(plain)
+    for ours, theirs in zip(plain, hostile, strict=True):
+        bare = re.sub(r"\\[!-/:-@\[-`{-~]", "", theirs)  # what Markdown takes for more than letters
+        assert bare.count("|") == ours.count("|") and not re.search(r"[<>$]|\]\(http://d", bare)
+        assert bare.count("`") == ours.count("`") and bare.count("**") == ours.count("**")
+    assert any("&lt;script&gt;alert(1)&lt;|script&gt;".replace("|", r"\|") in line for line in hostile)
+    assert "| plain | plain | 64 | 0.5 | 0.5 | 60.5 | 1 | 3 |" in plain
+
+
+def test_names_of_files_are_letters_too(tmp_path: Path) -> None:
+    file = results(tmp_path / "run", "adakv", 128, {"textvqa_test": 1})
+    (tmp_path / "run" / "submissions").mkdir()
+    (tmp_path / "run" / "submissions" / "textvqa_submission_`<b>\n| x.json").write_text("[1]")
+    write_card(read_runs(file), tmp_path / "card.md")
+    assert r"(lmms-eval: textvqa_submission_\`&lt;b&gt; \| x.json, sha256" in (tmp_path / "card.md").read_text()
+    assert (tmp_path / "card.md").stat().st_mode == file.stat().st_mode  # of the umask
+    assert [path.stat().st_mode for path in (tmp_path / "submissions").iterdir()] == [file.stat().st_mode]
 
 
 def test_mistakes_get_one_sentence(tmp_path: Path) -> None:
