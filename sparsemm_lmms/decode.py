@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, StopStringCriteria
 from transformers.generation import logits_process as processors
 from transformers.generation.utils import GENERATION_MODES_MAPPING
@@ -49,7 +49,11 @@ def generate(model: Any, *, cuda_graph: str = "auto", **kwargs: Any) -> Any:
     if cuda_graph == "off" or reason is not None:
         if reason is not None:
             _refuse_or_say(cuda_graph, reason)
-        return model.generate(**kwargs)
+        watch = FiniteWatch()
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), watch])
+        made = model.generate(**kwargs)
+        watch.check(model)
+        return made
     if kwargs.get("stop_strings") is not None:  # transformers does not hand the tokenizer on to a custom_generate
         ends = StopStringCriteria(stop_strings=kwargs.pop("stop_strings"), tokenizer=kwargs.pop("tokenizer", None))
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), ends])
@@ -71,6 +75,32 @@ def _refuse_or_say(cuda_graph: str, reason: str) -> None:
     if cuda_graph == "on":
         raise ValueError(f"cuda_graph=on, but {reason}; use cuda_graph=auto.")
     say_once(f"Decoding with the loop of transformers: {reason}.")
+
+
+class FiniteWatch(LogitsProcessor):
+    """Notes, on the device, whether any step had scores that are not finite; `check` reads the note, at the end.
+
+    NaN, +inf, or no token left: the maximum is not finite exactly then (-inf elsewhere is a processor's mask).
+    """
+
+    def __init__(self) -> None:
+        self.broken: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        found = ~scores.amax(-1).isfinite().all()
+        if self.broken is None:
+            self.broken = found
+        else:
+            self.broken |= found
+        return scores
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError if anything was noted."""
+        if self.broken is not None and bool(self.broken):
+            raise ValueError(
+                f"{type(model).__name__} gave logits with NaN or infinity, so its tokens mean nothing; try "
+                "dtype=float32 or bfloat16, and check the weights."
+            )
 
 
 @dataclass
@@ -102,15 +132,18 @@ class Decoder:
         reason = _static_loop_cannot(name, model, input_ids, stopping_criteria, generation_config)
         if reason is not None:
             _refuse_or_say(self.cuda_graph, reason)
-            return getattr(type(model), name)(
+            watch = FiniteWatch()
+            made = getattr(type(model), name)(
                 model,
                 input_ids,
-                logits_processor=logits_processor,
+                logits_processor=LogitsProcessorList([*logits_processor, watch]),
                 stopping_criteria=stopping_criteria,
                 generation_config=generation_config,
                 **({"streamer": self.streamer} if name == "_sample" else {}),
                 **model_kwargs,
             )
+            watch.check(model)
+            return made
         outputs = model._prefill(input_ids, generation_config, model_kwargs)  # type: ignore[operator]
         loop = DecodeLoop(self, model, outputs, input_ids, logits_processor, stopping_criteria, generation_config)
         logits = outputs.logits[:, -1].to(torch.float32, copy=True)
@@ -148,7 +181,7 @@ class DecodeLoop:
         ids: int64 `[batch, max_length]`, prompt and new tokens; `cursor` `[1]` is the column of the next one.
         token `[batch, 1]`, position `[..., batch, 1]`: inputs of the next step (3D and text positions for M-RoPE).
         finished: bool `[batch]`; live: int64 `[1]`, steps that began with an unfinished sequence.
-        broken: bool `[]`, whether any step had logits that are not finite; read once, at the end.
+        watch: a bool `[]`, whether any step had logits that are not finite; read once, at the end.
     """
 
     def __init__(
@@ -179,7 +212,8 @@ class DecodeLoop:
         self.token = input_ids.new_zeros(self.batch, 1)
         self.position = self.token  # `prepare` finds the real ones
         self.finished = torch.zeros(self.batch, dtype=torch.bool, device=device)
-        self.broken = torch.zeros((), dtype=torch.bool, device=device)
+        self.watch = FiniteWatch()
+        self.watch.broken = torch.zeros((), dtype=torch.bool, device=device)  # at a fixed address
         self.live = torch.zeros(1, dtype=torch.int64, device=device)
         # A criterion that only looks on (a clock) does not care about steps that are taken back.
         self.onlookers = [c for c in criteria if getattr(c, "only_looks_on", False)]
@@ -251,8 +285,7 @@ class DecodeLoop:
     def choose(self, logits: Tensor) -> None:
         """The next token of every sequence, float32 `[batch, vocabulary]` -> all buffers; no host synchronisation."""
         scores = self.processors(self.ids if self.whole else self._seen(), logits)
-        # NaN, +inf, or no token left: a maximum is not finite exactly then (-inf elsewhere is a processor's mask)
-        self.broken |= ~scores.amax(-1).isfinite().all()
+        self.watch(self.ids, scores)
         if self.do_sample:
             # What torch.multinomial does for one sample, bit by bit, without its check, which waits for the device.
             weights = torch.softmax(scores, dim=-1)
@@ -304,11 +337,7 @@ class DecodeLoop:
             ValueError: if the logits of a step were not finite.
         """
         self.cache.check_overflow()
-        if bool(self.broken):
-            raise ValueError(
-                f"{type(self.model).__name__} gave logits with NaN or infinity, so its tokens mean nothing; try "
-                "dtype=float32 or bfloat16, and check the weights."
-            )
+        self.watch.check(self.model)
         length = self.columns + int(self.live) if self.can_end else self.length
         if length < self.length:
             self.cache.take_back(self.length - length)

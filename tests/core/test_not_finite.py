@@ -19,10 +19,13 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
+HOW = [{"do_sample": False}, {"do_sample": True}, {"do_sample": False, "cuda_graph": "off"}, {"num_beams": 2}]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [1, 3], ids=["first token", "third token"])
-@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
-def test_broken_logits_raise(model, sample, at, value):
+@pytest.mark.parametrize("how", HOW, ids=["greedy", "sampling", "stock loop", "beams"])
+def test_broken_logits_raise(model, how, at, value):
     calls = []
 
     def broken(module, args, output):
@@ -35,7 +38,7 @@ def test_broken_logits_raise(model, sample, at, value):
     try:
         with compress(model, CompressionConfig(method="fullkv")) as session:
             with pytest.raises(ValueError, match="NaN or infinity"):
-                session.generate(input_ids=torch.ones(2, 6, dtype=torch.long), max_new_tokens=4, do_sample=sample)
+                session.generate(input_ids=torch.ones(2, 6, dtype=torch.long), max_new_tokens=4, **how)
     finally:
         hook.remove()
 
