@@ -6,6 +6,7 @@ patched. Here, and only here, a layer's post-RoPE queries, keys and values meet,
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,10 +17,16 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import TransformersKwargs
 
 from .cache import _handoff
 
 PREFIX = "ragged_kv_"
+# What attention modules are handed or hand on without it bearing on the attention of a decoder.
+HARMLESS = frozenset(TransformersKwargs.__optional_keys__) | {
+    "cache_position", "dropout", "image_sizes", "labels", "logits_to_keep", "mm_token_type_ids", "return_dict",
+    "token_type_ids", "use_cache",
+}  # fmt: skip
 
 
 def register(prefill: str) -> str:
@@ -53,15 +60,21 @@ def ragged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Prefill: stock attention over the full prompt, then compression. Later: append and attend to the segments.
 
     Args:
         query: `[batch, q_heads, t, head_dim]`; key, value: `[batch, kv_heads, t, head_dim]`, post-RoPE.
+        softcap: bound of the logits; s_aux: attention sinks `[q_heads]` (see `kernels.ragged_decode`).
 
     Returns:
         Output `[batch, t, q_heads, head_dim]`, and None for the attention weights.
+
+    Raises:
+        ValueError: for an argument that a decode step does not know, or that the stock prefill does not heed.
     """
     layer, handed = getattr(_handoff, "layer", None), getattr(_handoff, "key", None)
     _handoff.layer = _handoff.key = None
@@ -72,16 +85,27 @@ def ragged_attention(
         )
     if kwargs.get("sliding_window") is not None:
         raise ValueError("Sliding-window attention layers cannot be compressed; use a model with full attention.")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:  # decode steps would pass over it and give other logits
-            raise ValueError(f"{type(module).__name__} uses {name}, which compressed decode steps do not know.")
+    for name, given in kwargs.items():  # decode steps would pass over it and give other logits
+        if given is not None and (name not in HARMLESS or (name == "is_causal" and not given)):
+            told = "is_causal=False" if name == "is_causal" else name
+            raise ValueError(f"{type(module).__name__} uses {told}, which compressed decode steps do not know.")
+    if s_aux is None and getattr(module, "sinks", None) is not None:
+        raise ValueError(f"{type(module).__name__} has sinks, but does not pass them on: it cannot be compressed.")
+    sinks = None if s_aux is None else s_aux.detach()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.is_initialized:
-        output = layer.extend(*_as_data(query, key, value), scale, layer.step).transpose(1, 2)
+        output = layer.extend(*_as_data(query, key, value), scale, layer.step, softcap, sinks).transpose(1, 2)
     else:
         stock = _prefill_function(prefill, module)
-        output = stock(module, query, key, value, attention_mask, scaling=scale, **kwargs)[0]
-        layer.fill(*_as_data(query, key, value), scale, layer.step)
+        given = {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
+        for name in given:
+            if not _heeds(stock, prefill, name):
+                raise ValueError(
+                    f"{type(module).__name__} uses {name}, which attn_implementation={prefill!r} passes over; load the "
+                    "model with attn_implementation='eager'."
+                )
+        output = stock(module, query, key, value, attention_mask, scaling=scale, **given, **kwargs)[0]
+        layer.fill(*_as_data(query, key, value), scale, layer.step, softcap, sinks)
     if layer.silent is not None:
         output = output.masked_fill(layer.silent[:, None], 0)
     return output, None
@@ -98,3 +122,12 @@ def _prefill_function(prefill: str, module: torch.nn.Module) -> Callable[..., tu
     if prefill == "eager":  # not in the registry: each modelling file has its own
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[prefill]
+
+
+def _heeds(stock: Callable[..., tuple[Tensor, Any]], prefill: str, name: str) -> bool:
+    """Whether a stock attention function computes with the argument `name` (any of them takes it)."""
+    if name == "s_aux" and prefill == "eager" and "sinks" in inspect.unwrap(stock).__code__.co_names:
+        return True  # eager functions read the sinks from the module
+    if name == "s_aux" and prefill == "flash_attention_2":
+        return False  # the function is that of all versions, but the kernel of version 2 knows no sinks
+    return name in inspect.signature(stock).parameters

@@ -121,13 +121,23 @@ class RaggedLayer(CacheLayerMixin):
 
     # -- prefill and decode --------------------------------------------------------------------------------------------
 
-    def fill(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, step: Step) -> None:
+    def fill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        step: Step,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
         """Compress the prompt: scores, counts, positions, and one copy into a fresh store.
 
         Args:
             query: `[batch, q_heads, n, head_dim]`; key, value: `[batch, kv_heads, n, head_dim]`, post-RoPE.
+            softcap, sinks: of the logits and `[q_heads]`, see `kernels.ragged_decode`.
         """
-        chosen = select(self.method, self.layer_idx, query, key, scaling, step.counts)
+        chosen = select(self.method, self.layer_idx, query, key, scaling, step.counts, softcap, sinks)
         self.index, self.prompt_lengths, self.columns = chosen.index, step.counts, step.tokens
         self.overflow = torch.zeros(1, dtype=torch.int32, device=key.device)  # stays when the store moves
         self._store(key, value, chosen.index, chosen.counts)
@@ -143,8 +153,17 @@ class RaggedLayer(CacheLayerMixin):
         backend = self.method.config.kernel_backend
         evict(key, value, index, self.length, self.start, self.keys, self.values, backend=backend)
 
-    def extend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, step: Step) -> Tensor:
-        """Append new tokens in place and attend to each head's segment, causal among the new tokens.
+    def extend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        step: Step,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Append new tokens in place and attend to each head's segment, causal among the new tokens; see `fill`.
 
         Returns:
             `[batch, q_heads, t, head_dim]` in the dtype of `query`.
@@ -163,6 +182,8 @@ class RaggedLayer(CacheLayerMixin):
             query,
             *store,
             scaling=scaling,
+            softcap=softcap,
+            sinks=sinks,
             new_count=new_count,
             max_length=self.longest,
             uniform_stride=self.stride,
@@ -172,10 +193,10 @@ class RaggedLayer(CacheLayerMixin):
         )
         self.checked = tokens == 1
         if step.compress:
-            self._compress_again(query, scaling)
+            self._compress_again(query, scaling, softcap, sinks)
         return output
 
-    def _compress_again(self, query: Tensor, scaling: float) -> None:
+    def _compress_again(self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None) -> None:
         """Choose what the one sequence keeps of all it holds, the newest tokens included (see `reselect`)."""
         held = self.length[0].cpu().numpy().astype(np.int64)  # not `appended`, which counts padding as well
         new = int(held[0] - self.kept[0, 0])
@@ -184,7 +205,7 @@ class RaggedLayer(CacheLayerMixin):
         column = torch.arange(longest, device=device)
         slot = (column - (longest - torch.as_tensor(held, device=device)[:, None])).clamp(min=0)  # right-aligned
         key, value = (x[self.start[0, :, None] + slot][None] for x in (self.keys, self.values))
-        chosen = reselect(self.method, self.layer_idx, query, key, scaling, held, seen)
+        chosen = reselect(self.method, self.layer_idx, query, key, scaling, held, seen, softcap, sinks)
         kept = torch.as_tensor(self.kept[0], device=device)[:, None]
         last = self.index.shape[2] - 1
         columns = torch.where(

@@ -28,7 +28,14 @@ class Selection:
 
 
 def select(
-    method: Method, layer_idx: int, query: Tensor, key: Tensor, scaling: float, prompt_lengths: tuple[int, ...]
+    method: Method,
+    layer_idx: int,
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    prompt_lengths: tuple[int, ...],
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Selection:
     """Choose what each kv head of one layer keeps of its prompt.
 
@@ -37,6 +44,7 @@ def select(
         key: post-RoPE keys `[batch, kv_heads, n, head_dim]`.
         scaling: factor of q.k (`head_dim ** -0.5`).
         prompt_lengths: real tokens of each sequence; the rest of the n columns is padding on the left.
+        softcap, sinks: see `kernels.window_score`; sinks `[q_heads]`.
     """
     config, (batch, heads, columns) = method.config, key.shape[:3]
     window = min(config.window_size, columns)
@@ -47,14 +55,22 @@ def select(
         newest_first = torch.arange(columns - window - 1, -1, -1, device=key.device)  # so that padding comes last
         prefix = newest_first.expand(batch, heads, -1)
     else:
-        scores = _scores(method, query, key, scaling, pads)
+        scores = _scores(method, query, key, scaling, pads, softcap, sinks)
         outside = method.counts(LayerPrompt(layer_idx, scores, lengths))
         prefix = _best(scores, int(outside.max()))
     return _gather_columns(prefix, outside, pads, columns, window)
 
 
 def reselect(
-    method: Method, layer_idx: int, query: Tensor, key: Tensor, scaling: float, held: np.ndarray, seen: int
+    method: Method,
+    layer_idx: int,
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    held: np.ndarray,
+    seen: int,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Selection:
     """Choose again from what the heads of ONE sequence hold, judged by its newest tokens.
 
@@ -65,6 +81,7 @@ def reselect(
         key: `[1, kv_heads, m, head_dim]`; head h holds the last `held[h]` columns, all before is padding.
         held: int64 `[kv_heads]` on the host.
         seen: tokens of the sequence so far, evicted ones included.
+        softcap, sinks: see `select`.
 
     Returns:
         Columns of `key` and counts.
@@ -78,14 +95,24 @@ def reselect(
         prefix = torch.arange(columns - window - 1, -1, -1, device=key.device).expand(1, heads, -1)
     else:
         rows = query[0].unflatten(0, (heads, -1))  # every head is a sequence of its own: its padding is its own
-        scores = _scores(method, rows, key.transpose(0, 1), scaling, pads)[..., : columns - window].transpose(0, 1)
+        own = None if sinks is None else sinks.view(heads, -1)
+        scores = _scores(method, rows, key.transpose(0, 1), scaling, pads, softcap, own)
+        scores = scores[..., : columns - window].transpose(0, 1)
         outside = np.minimum(method.counts(LayerPrompt(layer_idx, scores, (seen - window,))), room)
         prefix = _best(scores, int(outside.max()))
     chosen = _gather_columns(prefix.transpose(0, 1), outside.T, pads, columns, window)
     return Selection(chosen.index.transpose(0, 1).contiguous(), chosen.counts.T)
 
 
-def _scores(method: Method, query: Tensor, key: Tensor, scaling: float, pads: list[int]) -> Tensor:
+def _scores(
+    method: Method,
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    pads: list[int],
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """float32 `[batch, kv_heads, L]` over the columns before the window; -inf in the padding."""
     config, columns = method.config, key.shape[2]
     pad = torch.tensor(pads, dtype=torch.int32, device=key.device) if any(pads) else None
@@ -94,6 +121,8 @@ def _scores(method: Method, query: Tensor, key: Tensor, scaling: float, pads: li
             query[:, :, -config.window_size :],
             key,
             scaling=scaling,
+            softcap=softcap,
+            sinks=sinks,
             kernel_size=config.kernel_size,
             pooling=config.pooling,
             gqa_func=config.gqa_func,

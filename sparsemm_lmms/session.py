@@ -209,10 +209,6 @@ def _check_architecture(model: PreTrainedModel) -> None:
         why = "it has cross-attention layers, whose keys are no part of the prompt"
     elif not getattr(text, "num_key_value_heads", None):
         why = f"its {type(text).__name__} names no num_key_value_heads"
-    elif getattr(text, "attn_logit_softcapping", None):
-        why = "it caps its attention logits (attn_logit_softcapping), which decode steps do not do yet"
-    elif any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
-        why = "it has attention sinks, which decode steps do not know yet"
     if why is not None:
         raise ValueError(f"{type(model).__name__} cannot be compressed: {why}.")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])

@@ -38,6 +38,12 @@ def _probe() -> None:
     """Shows what `triton.jit` made of a function when this module was imported."""
 
 
+@jit()
+def capped(logits, softcap):
+    """softcap * tanh(logits / softcap), for kernels: the interpreter has no tanh. Off by at most 1e-7 * softcap."""
+    return softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)
+
+
 def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
     """Turn `"auto" | "triton" | "torch"` into the backend that runs on `tensors`.
 
@@ -123,6 +129,20 @@ def check_store(keys: torch.Tensor, values: torch.Tensor, head_dim: int, dtype: 
             )
     if keys.shape != values.shape:
         raise ValueError(f"the stores differ in shape: {tuple(keys.shape)} and {tuple(values.shape)}")
+
+
+def check_logits(softcap: float | None, sinks: torch.Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """A positive `softcap` and contiguous float `sinks` of one of the `shapes`; None leaves either out."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if sinks is not None:
+        if sinks.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"sinks must be float16, bfloat16 or float32, got {sinks.dtype}")
+        if tuple(sinks.shape) not in shapes:
+            wanted = " or ".join(str(shape) for shape in shapes)
+            raise ValueError(f"sinks must have shape {wanted}, got {tuple(sinks.shape)}")
+        if not sinks.is_contiguous():
+            raise ValueError(f"sinks must be contiguous, got strides {sinks.stride()}")
 
 
 def check_same(names: str, first: torch.Tensor, second: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from .backend import (
     block_head_dim,
     check_device,
     check_int32,
+    check_logits,
     check_rows,
     check_store,
     multiprocessors,
@@ -22,6 +23,7 @@ from .backend import (
 )
 from .ragged_decode_kernels import _decode_kernel, _merge_kernel
 
+LOG2E = 1.4426950408889634
 PROGRAMS_PER_SM = 2  # 96 KiB of pipelined tiles each: two fill the shared memory of an H100
 DIRECT_LENGTH = 1024  # up to here one program an item is done before a second launch would have started
 MAX_ITEMS = 4096  # every program sums the tiles of all items: beyond this the sum costs more than the balance saves
@@ -76,6 +78,8 @@ def ragged_decode(
     length: torch.Tensor,
     *,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     new_count: torch.Tensor | None = None,
     max_length: int | None = None,
     uniform_stride: int | None = None,
@@ -86,7 +90,10 @@ def ragged_decode(
     """Softmax attention of t new tokens over their kv head's segment, `[batch, q_heads, t, head_dim]` in query's dtype.
 
     The new tokens are already appended: with `end = length[b, h // G]`, query token i sees the first `end - t + i + 1`
-    rows of the segment. Rows that see nothing are 0.
+    rows of the segment. Rows that see nothing are 0. With z = q.k * scaling of the rows it sees, all in float32,
+
+        z = softcap * tanh(z / softcap)                          (Gemma 2, https://arxiv.org/abs/2408.00118)
+        weights = exp(z) / (sum of exp(z) + exp(sinks[head]))    (GPT-OSS, https://arxiv.org/abs/2508.10925)
 
     Args:
         query: `[batch, q_heads, t, head_dim]`, any strides but a contiguous last dimension; head h reads kv head
@@ -94,6 +101,8 @@ def ragged_decode(
         keys, values: `[slots, head_dim]`, contiguous, query's dtype; the store. Rows behind `length` are never read.
         start, length: int32 `[batch, kv_heads]`, rows.
         scaling: factor of the logits, usually head_dim ** -0.5.
+        softcap: bound of the logits; None: they have none.
+        sinks: `[q_heads]`, contiguous, any float dtype: a logit without a value; None: no sinks.
         new_count: int32 `[batch]`: the new tokens are LEFT padded, only the last `new_count[b]` were appended; the
             rows of the others are 0.
         max_length: an upper bound of `length` known on the host. It only picks the launch (see `plan`), which a CUDA
@@ -106,21 +115,24 @@ def ragged_decode(
         checked: the arguments are alike to those of a call before, so they need no checks, which would take
             6 % of a decode step of the tiny preset on a CPU.
 
+    Raises:
+        ValueError: for shapes, dtypes, strides or devices other than these, or a softcap that is not positive.
+
     >>> store = torch.tensor([[0.0], [2.0], [4.0]])
     >>> start, length = torch.tensor([[1]], dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32)
     >>> ragged_decode(torch.zeros(1, 1, 1, 1), store, store, start, length, scaling=1.0)
     tensor([[[[3.]]]])
     """
     if not checked:
-        _check(query, keys, values, start, length, new_count, max_length, uniform_stride)
+        _check(query, keys, values, start, length, new_count, max_length, uniform_stride, softcap, sinks)
     if query.numel() == 0 or keys.shape[0] == 0 or max_length == 0:
         return query.new_zeros(query.shape)
     if resolve_backend(backend, query) == "torch":
         return ragged_decode_torch(
-            query, keys, values, start, length, scaling, new_count, max_length, uniform_stride, places
+            query, keys, values, start, length, scaling, new_count, max_length, uniform_stride, places, softcap, sinks
         )
     longest = keys.shape[0] if max_length is None else min(max_length, keys.shape[0])
-    return _ragged_decode_triton(query, keys, values, start, length, scaling, new_count, longest)
+    return _ragged_decode_triton(query, keys, values, start, length, scaling, new_count, longest, softcap, sinks)
 
 
 def _check(
@@ -132,6 +144,8 @@ def _check(
     new_count: torch.Tensor | None,
     max_length: int | None,
     uniform_stride: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> None:
     check_rows("query", query)
     batch, q_heads, _, head_dim = query.shape
@@ -149,7 +163,8 @@ def _check(
         raise ValueError(f"max_length must not be negative, got {max_length}")
     if uniform_stride is not None and uniform_stride < 1:
         raise ValueError(f"uniform_stride must be positive, got {uniform_stride}")
-    check_device(query, keys, values, start, length, new_count)
+    check_logits(softcap, sinks, ((q_heads,),))
+    check_device(query, keys, values, start, length, new_count, sinks)
 
 
 def store_places(
@@ -180,6 +195,8 @@ def _ragged_decode_triton(
     scaling: float,
     new_count: torch.Tensor | None,
     max_length: int,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, q_heads, tokens, head_dim = query.shape
     kv_heads = start.shape[1]
@@ -200,11 +217,13 @@ def _ragged_decode_triton(
             start,
             length,
             length if new_count is None else new_count,
+            sinks,
             out,
             part_out,
             part_lse,
             *query.stride()[:3],
-            scaling * 1.4426950408889634,
+            scaling * LOG2E,
+            None if softcap is None else softcap * LOG2E,
             *sizes,
             int(cut.direct),
             int(new_count is not None),
@@ -244,6 +263,8 @@ def ragged_decode_torch(
     max_length: int | None = None,
     uniform_stride: int | None = None,
     places: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The torch form of `ragged_decode`: segments gathered to a padded batch, then torch's attention.
 
@@ -253,10 +274,12 @@ def ragged_decode_torch(
     """
     batch, q_heads, tokens, head_dim = query.shape
     if places is not None and tokens == 1 and new_count is None and uniform_stride is None:
-        return _whole_store(query, keys, values, places, length, scaling)
+        return _whole_store(query, keys, values, places, length, scaling, softcap, sinks)
     kv_heads = start.shape[1]
     segments = batch * kv_heads
     rows = query.reshape(segments, 1, -1, head_dim)  # the G x t rows of a kv head share its keys
+    if sinks is not None:  # one for each of these rows
+        sinks = sinks.view(1, kv_heads, -1, 1).expand(batch, -1, -1, tokens).reshape(segments, 1, -1, 1)
     if query.is_cuda:
         longest = shortest = int(length.max()) if max_length is None else max_length
         even = False
@@ -268,9 +291,8 @@ def ragged_decode_torch(
     in_place = even and uniform_stride is not None
     few = segments * longest * head_dim <= FEW and not query.is_cuda
     if tokens == 1 and new_count is None and shortest > 0 and (in_place or few):
-        return _one_token(rows, keys, values, start, length, longest, uniform_stride if even else None, scaling).view(
-            query.shape
-        )
+        stride = uniform_stride if even else None
+        return _one_token(rows, keys, values, start, length, longest, stride, scaling, softcap, sinks).view(query.shape)
     flat_start, flat_length = start.flatten().long(), length.flatten().long()
     limit: torch.Tensor | None = None  # all rows see all of their segment
     if tokens > 1 or new_count is not None or not even:
@@ -280,10 +302,10 @@ def ragged_decode_torch(
             limit = limit.masked_fill(padding.repeat_interleave(kv_heads, 0), 0)
     if even and uniform_stride is not None:
         key, value = _in_place(keys, values, start, segments, longest, uniform_stride)
-        out = _attend(rows, key, value, limit, scaling)
+        out = _attend(rows, key, value, limit, scaling, softcap, sinks)
     elif even or query.is_cuda or few or segments * longest <= 2 * int(length.sum()):
         key, value = _gather(keys, values, flat_start, flat_length, longest)
-        out = _attend(rows, key, value, limit, scaling)
+        out = _attend(rows, key, value, limit, scaling, softcap, sinks)
     else:
         out = torch.zeros_like(rows)
         group = (longest / flat_length.clamp(min=1)).log2().floor().clamp(max=6)
@@ -292,7 +314,8 @@ def ragged_decode_torch(
             lengths = flat_length[members]
             key, value = _gather(keys, values, flat_start[members], lengths, max(int(lengths.max()), 1))
             seen = None if limit is None else limit[members]
-            out[members] = _attend(rows[members], key, value, seen, scaling)
+            own = None if sinks is None else sinks[members]
+            out[members] = _attend(rows[members], key, value, seen, scaling, softcap, own)
     return out.view(query.shape)
 
 
@@ -305,6 +328,8 @@ def _one_token(
     longest: int,
     stride: int | None,
     scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """A decode step with no empty segment, in as few operators as possible: on a CPU each costs its call.
 
@@ -312,14 +337,14 @@ def _one_token(
     """
     if stride is not None:
         key, value = _in_place(keys, values, start, len(rows), longest, stride)
-        return F.scaled_dot_product_attention(rows, key, value, scale=scaling)
+        return _attention(rows, key, value, None, scaling, softcap, sinks)
     j = torch.arange(longest, dtype=start.dtype, device=start.device)
     first = start.view(-1, 1)
     seen = j < length.view(-1, 1)
     index = torch.where(seen, first + j, first).view(-1)
     size = (len(rows), 1, longest, -1)
     key, value = keys.index_select(0, index).view(size), values.index_select(0, index).view(size)
-    return F.scaled_dot_product_attention(rows, key, value, attn_mask=seen[:, None, None], scale=scaling)
+    return _attention(rows, key, value, seen[:, None, None], scaling, softcap, sinks)
 
 
 def _whole_store(
@@ -329,14 +354,16 @@ def _whole_store(
     places: torch.Tensor,
     length: torch.Tensor,
     scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """A decode step of one sequence: every head over all rows of the store, of which it sees its own segment."""
     heads, seen = query.shape[1], places < length.view(-1, 1)
     if heads > len(seen):
         seen = seen.repeat_interleave(heads // len(seen), 0)
     rows, key, value = query.reshape(1, 1, heads, -1), keys.view(1, 1, *keys.shape), values.view(1, 1, *values.shape)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
-    return out.view(query.shape)
+    own = None if sinks is None else sinks.view(1, 1, heads, 1)
+    return _attention(rows, key, value, seen, scaling, softcap, own).view(query.shape)
 
 
 def _in_place(
@@ -366,13 +393,43 @@ def _gather(
 
 
 def _attend(
-    rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor, limit: torch.Tensor | None, scaling: float
+    rows: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    limit: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """rows `[segments, 1, G * t, d]` over the first `limit[segment, i]` columns each; None: over all."""
     if limit is None:
-        return F.scaled_dot_product_attention(rows, key, value, scale=scaling)
+        return _attention(rows, key, value, None, scaling, softcap, sinks)
     group = rows.shape[2] // limit.shape[1]
     limit = limit.repeat(1, group)[:, None, :, None]
     seen = torch.arange(key.shape[2], device=key.device) < limit
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
+    out = _attention(rows, key, value, seen, scaling, softcap, sinks)
     return torch.where(limit > 0, out, 0)  # a row without columns is NaN or 0, depending on the kernel torch picks
+
+
+def _attention(
+    rows: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """torch's attention where it can; it knows neither soft caps nor sinks (`[..., rows, 1]`)."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
+    logits = rows.float() @ key.float().transpose(2, 3) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if seen is not None:
+        logits = logits.masked_fill(~seen, float("-inf"))
+    total = logits.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.float())
+    weights = (logits - total.masked_fill(total == float("-inf"), 0)).exp()  # rows that see nothing: 0, not NaN
+    return (weights @ value.float()).to(rows.dtype)

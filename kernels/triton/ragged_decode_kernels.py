@@ -6,11 +6,14 @@ and each of a fixed number of programs takes an equal run of consecutive tiles, 
 long head then costs its bytes and no more ("Lean Attention", https://arxiv.org/abs/2405.10480), and the grid does not
 depend on the lengths, so a CUDA graph replays it. Items cut between programs leave normalised partial outputs with
 their log-sum-exp, merged by the second kernel (Flash-Decoding). Short caches need neither: one program an item.
+
+A sink is a column without a value: the piece that holds an item's first tile starts from it, so the merge finds it in
+one log-sum-exp. `softcap` and `sinks` that are None are no part of the compiled kernel.
 """
 
 from __future__ import annotations
 
-from .backend import jit, tl
+from .backend import capped, jit, tl
 
 
 @jit()
@@ -29,6 +32,7 @@ def _decode_kernel(
     start,
     length,
     new_count,
+    sinks,
     out,
     part_out,
     part_lse,
@@ -36,6 +40,7 @@ def _decode_kernel(
     query_stride_h,
     query_stride_t,
     scale,
+    softcap,
     head_dim,
     q_heads,
     kv_heads,
@@ -49,7 +54,10 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """`scale` includes log2(e): the softmax runs on exp2. Query rows are ordered token by token, then by head."""
+    """`scale` and `softcap` include log2(e): the softmax runs on exp2.
+
+    Query rows are ordered token by token, then by head.
+    """
     pid = tl.program_id(0)
     group = q_heads // kv_heads
     item = 0
@@ -110,6 +118,10 @@ def _decode_kernel(
 
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total_p = tl.zeros([BLOCK_M], tl.float32)
+        if sinks is not None:
+            if low == 0:
+                top = tl.load(sinks + head, row_valid, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+                total_p += 1.0
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for tile in range(low, high):
             n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -118,6 +130,8 @@ def _decode_kernel(
                 keys + offset[None, :] + d[:, None], (n < visible)[None, :] & (d < head_dim)[:, None], other=0.0
             )
             logits = tl.dot(q, k, input_precision="ieee") * scale
+            if softcap is not None:
+                logits = capped(logits, softcap)
             logits = tl.where(n[None, :] < limit[:, None], logits, float("-inf"))
             new_top = tl.maximum(top, tl.max(logits, 1))
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN

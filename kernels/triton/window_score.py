@@ -7,6 +7,9 @@ With n tokens, a window of the last W queries and G query heads per kv head:
     s = mean or max over the G heads of (mean over the W rows of p[..., :n - W])
     score = avgpool or maxpool of s, stride 1, padding kernel_size // 2
 
+Where a model caps its logits z = q k^T * scaling, z becomes softcap * tanh(z / softcap); where its heads have a sink,
+p = exp(z) / (sum of exp(z) + exp(sink)), so a row of p adds up to less than 1 (see `ragged_decode`).
+
 avgpool pads with zeros and always divides by kernel_size; maxpool pads with -inf. Deviation: the published code casts p
 back to the dtype of q before the means; scores stay float32 here, which breaks the many ties that bfloat16 scores have.
 """
@@ -18,8 +21,10 @@ import torch.nn.functional as F
 
 from .backend import (
     block_head_dim,
+    capped,
     check_device,
     check_int32,
+    check_logits,
     check_rows,
     jit,
     multiprocessors,
@@ -40,6 +45,7 @@ def _statistics_kernel(
     query,
     key,
     pad,
+    sinks,
     partial,
     query_stride_b,
     query_stride_h,
@@ -48,6 +54,7 @@ def _statistics_kernel(
     key_stride_h,
     key_stride_n,
     scaling,
+    softcap,
     head_dim,
     q_heads,
     group,
@@ -59,7 +66,10 @@ def _statistics_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Log-sum-exp of a block of rows over one chunk of columns -> partial `[batch * q_heads, window, splits]`."""
+    """Log-sum-exp of a block of rows over one chunk of columns -> partial `[batch * q_heads, window, splits]`.
+
+    The first chunk's holds the sink as well.
+    """
     split = tl.program_id(0)
     b = (tl.program_id(1) // q_heads).to(tl.int64)
     head = tl.program_id(1) % q_heads
@@ -79,6 +89,10 @@ def _statistics_kernel(
 
     top = tl.full([BLOCK_W], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_W], tl.float32)
+    if sinks is not None:
+        if split == 0:
+            top = tl.zeros([BLOCK_W], tl.float32) + tl.load(sinks + tl.program_id(1)).to(tl.float32)
+            total += 1.0
     for first in range(begin, end, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         k = tl.load(
@@ -88,6 +102,8 @@ def _statistics_kernel(
         )
         # "ieee": float32 inputs would go through tf32 otherwise, whose 10 bits reorder close scores.
         logits = tl.dot(q, k, input_precision="ieee") * scaling
+        if softcap is not None:
+            logits = capped(logits, softcap)
         seen = (column >= hidden) & (column < end)
         causal = column[None, :] <= (n - window + w)[:, None]
         logits = tl.where(seen[None, :] & causal, logits, float("-inf"))
@@ -113,6 +129,7 @@ def _mean_kernel(
     key_stride_h,
     key_stride_n,
     scaling,
+    softcap,
     head_dim,
     kv_heads,
     group,
@@ -168,6 +185,8 @@ def _mean_kernel(
                 other=0.0,
             )
             logits = tl.dot(q, k, input_precision="ieee") * scaling
+            if softcap is not None:
+                logits = capped(logits, softcap)
             column_sum += tl.sum(tl.exp(logits - lse[:, None]), 0)
         column_sum = column_sum / window
         result = tl.where(use_max != 0, tl.maximum(result, column_sum), result + column_sum / group)
@@ -199,6 +218,8 @@ def window_score(
     key: torch.Tensor,
     *,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     kernel_size: int = 5,
     pooling: str = "avgpool",
     gqa_func: str = "mean",
@@ -212,12 +233,18 @@ def window_score(
             dimension, as for `key`.
         key: `[batch, kv_heads, n, head_dim]`, all keys after RoPE; query head h belongs to kv head h // G.
         scaling: factor of the logits, usually head_dim ** -0.5.
+        softcap: bound of the logits; None: they have none.
+        sinks: `[q_heads]` or `[batch, q_heads]`, contiguous, any float dtype: the sink of each query head; None: no
+            sinks.
         kernel_size: odd width of the pooling; 1 leaves the scores as they are.
         pooling: `"avgpool"` or `"maxpool"`.
         gqa_func: `"mean"` or `"max"` over the G query heads of a kv head, before the pooling.
         pad: int32 `[batch]`, number of left-padding columns of each sequence. They get no attention, act on the
             pooling exactly as the edge of the sequence does, and score -inf. Sequences with n - pad <= W should be
             kept whole by the caller: their scores are free of NaN and mean nothing.
+
+    Raises:
+        ValueError: for shapes, dtypes, strides or devices other than these, or settings out of their range.
 
     >>> window_score(torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 4, 4), scaling=0.5, kernel_size=1)
     tensor([[[0.2500, 0.2500, 0.2500]]])
@@ -243,12 +270,13 @@ def window_score(
         raise ValueError(f"gqa_func must be one of {', '.join(GQA_FUNCS)}; got {gqa_func!r}")
     if pad is not None:
         check_int32("pad", pad, (batch,))
-    check_device(query, key, pad)
+    check_logits(softcap, sinks, ((q_heads,), (batch, q_heads)))
+    check_device(query, key, pad, sinks)
     if n == window or batch == 0:
         return torch.empty(batch, kv_heads, n - window, dtype=torch.float32, device=key.device)
     if resolve_backend(backend, key) == "torch":
-        return window_score_torch(query, key, scaling, kernel_size, pooling, gqa_func, pad)
-    return _window_score_triton(query, key, scaling, kernel_size, pooling, gqa_func, pad)
+        return window_score_torch(query, key, scaling, kernel_size, pooling, gqa_func, pad, softcap, sinks)
+    return _window_score_triton(query, key, scaling, kernel_size, pooling, gqa_func, pad, softcap, sinks)
 
 
 def tile(head_dim: int, itemsize: int) -> tuple[int, int]:
@@ -279,6 +307,8 @@ def _window_score_triton(
     pooling: str,
     gqa_func: str,
     pad: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, q_heads, window, head_dim = query.shape
     kv_heads, n = key.shape[1:3]
@@ -303,9 +333,11 @@ def _window_score_triton(
             query,
             key,
             pad,
+            None if sinks is None else sinks.expand(batch, -1).contiguous(),
             partial,
             *strides,
             scaling,
+            softcap,
             head_dim,
             q_heads,
             group,
@@ -322,6 +354,7 @@ def _window_score_triton(
             mean,
             *strides,
             scaling,
+            softcap,
             head_dim,
             kv_heads,
             group,
@@ -347,6 +380,8 @@ def window_score_torch(
     pooling: str,
     gqa_func: str,
     pad: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """The torch form of `window_score`; it holds `[batch, q_heads, W, n]` in float32."""
     batch, q_heads, window, head_dim = query.shape
@@ -354,13 +389,19 @@ def window_score_torch(
     length = n - window
     rows = (query.float() * scaling).reshape(batch, kv_heads, -1, head_dim)  # the G heads of a kv head share its keys
     logits = (rows @ key.float().transpose(2, 3)).view(batch, q_heads, window, n)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     column = torch.arange(n, device=key.device)
     future = column[:window] > column[:window, None]
     logits[..., length:].masked_fill_(future, float("-inf"))
     if pad is not None:
         logits.masked_fill_(column < pad[:, None, None, None], float("-inf"))
     # In place: a second tensor of this size costs more to allocate than its softmax.
-    probabilities = logits.softmax(-1) if logits.requires_grad else torch.softmax(logits, -1, out=logits)
+    if sinks is not None:
+        total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), sinks.float().view(-1, q_heads, 1, 1))
+        probabilities = (logits - total).exp() if logits.requires_grad else logits.sub_(total).exp_()
+    else:
+        probabilities = logits.softmax(-1) if logits.requires_grad else torch.softmax(logits, -1, out=logits)
     if pad is not None:  # rows that are padding themselves see nothing: softmax gives NaN there
         probabilities.nan_to_num_(nan=0.0)
     mean = probabilities[..., :length].mean(2)

@@ -1,8 +1,8 @@
 """Compile every variant that the launchers can choose, without a GPU; one JSON line each with registers and stack.
 
 Run by test_compile.py in a process without TRITON_INTERPRET; also a command: `compile_variants.py [most|rest|all]`.
-`most` is every variant for sm_90 and those of bfloat16 (and 16-bit copies) for sm_80; `rest` the others for sm_80. The
-split only bounds the time of an ordinary test run: each variant takes about a second.
+`most` is those of bfloat16 (and 16-bit copies), and for sm_90 every variant without soft cap and sinks; `rest` the
+others. The split only bounds the time of an ordinary test run: each variant takes about a second.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from pathlib import Path
 ARCHITECTURES = (80, 90)
 INT32 = {"start", "length", "capacity", "count", "index", "new_count", "overflow", "pad"}
 FLOAT32 = {"part_out", "part_lse", "partial", "mean"}
-SCALAR_FLOAT = {"scale", "scaling"}
-ROWS = {"keys", "values", "new_keys", "new_values", "key", "value", "out_keys", "out_values", "query", "out"}
+SCALAR_FLOAT = {"scale", "scaling", "softcap"}
+ABSENT = {  # arguments that may be None
+    "window_score._statistics_kernel": ("sinks", "softcap"),
+    "window_score._mean_kernel": ("softcap",),
+    "ragged_decode._decode_kernel": ("sinks", "softcap"),
+}
+ROWS = {"keys", "values", "new_keys", "new_values", "key", "value", "out_keys", "out_values", "query", "out", "sinks"}
 
 
-def variants() -> list[tuple[str, str, dict[str, int], int, int]]:
+def variants() -> list[tuple[str, str, dict[str, int | None], int, int]]:
     """(kernel, dtype, constexprs, num_warps, num_stages), written out: head_dims 32 to 128, every group size.
 
-    test_compile.py checks that what the launchers launch is in this list.
+    test_compile.py checks that what the launchers launch is in this list. Of the kernels that know them, each variant
+    comes without soft cap and sinks, which are None then, and with both.
     """
     found = []
     for block_d in (64, 128):
@@ -46,10 +52,14 @@ def variants() -> list[tuple[str, str, dict[str, int], int, int]]:
                 found.append(("ragged_decode._decode_kernel", dtype, {**decode, "BLOCK_M": 64}, 8, 3))
             found.append(("ragged_decode._merge_kernel", dtype, dict(BLOCK_D=block_d, ITEMS=256, PARTS=16), 4, 3))
     found.append(("window_score._pool_kernel", "fp32", dict(BLOCK_P=1024), 4, 3))
+    for name, dtype, constants, warps, stages in found[:]:
+        if name in ABSENT:
+            none = dict.fromkeys(ABSENT[name])
+            found.append((name, dtype, {**constants, **none}, warps, stages))
     return found
 
 
-def compile_one(job: tuple[tuple[str, str, dict[str, int], int, int], int]) -> dict[str, object]:
+def compile_one(job: tuple[tuple[str, str, dict[str, int | None], int, int], int]) -> dict[str, object]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -109,9 +119,13 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(fields["REG"]), "stack": int(fields["STACK"])}
 
 
-def jobs(which: str) -> list[tuple[tuple[str, str, dict[str, int], int, int], int]]:
+def jobs(which: str) -> list[tuple[tuple[str, str, dict[str, int | None], int, int], int]]:
     every = [(variant, architecture) for variant in variants() for architecture in ARCHITECTURES]
-    most = [job for job in every if job[1] == 90 or job[0][1] in ("bf16", "i16")]
+    most = []
+    for (name, dtype, constants, *rest), architecture in every:
+        plain = name not in ABSENT or "softcap" in constants
+        if dtype in ("bf16", "i16") or (architecture == 90 and plain):
+            most.append(((name, dtype, constants, *rest), architecture))
     return {"all": every, "most": most, "rest": [job for job in every if job not in most]}[which]
 
 

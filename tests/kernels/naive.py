@@ -79,8 +79,24 @@ def append(store: Store, new_keys: torch.Tensor, new_values: torch.Tensor, count
     return overflow
 
 
-def decode(query: torch.Tensor, store: Store, scaling: float, count: list[int] | None = None) -> torch.Tensor:
-    """Attention of each new token over the rows it may see, in float64."""
+def softmax(logits: torch.Tensor, softcap: float | None, sink: torch.Tensor | None) -> torch.Tensor:
+    """Probabilities of capped logits beside a sink, which takes its share of them; float64 `[n]`."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if sink is None:
+        return torch.softmax(logits, 0)
+    return torch.softmax(torch.cat([logits, sink.double().view(1)]), 0)[:-1]
+
+
+def decode(
+    query: torch.Tensor,
+    store: Store,
+    scaling: float,
+    count: list[int] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of each new token over the rows it may see, in float64; sinks `[q_heads]`."""
     batch, q_heads, tokens, _ = query.shape
     group = q_heads // store.start.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float64)
@@ -92,7 +108,8 @@ def decode(query: torch.Tensor, store: Store, scaling: float, count: list[int] |
                 if not seen or (count is not None and i < tokens - count[b]):
                     continue
                 logits = store.keys[seen].double() @ query[b, head, i].double() * scaling
-                out[b, head, i] = torch.softmax(logits, 0) @ store.values[seen].double()
+                p = softmax(logits, softcap, None if sinks is None else sinks[head])
+                out[b, head, i] = p @ store.values[seen].double()
     return out
 
 
@@ -104,8 +121,10 @@ def window_score(
     pooling: str,
     gqa_func: str,
     pad: list[int] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Window scores of each sequence without its padding, in float64; -inf for the padding."""
+    """Window scores of each sequence without its padding, in float64; -inf there; sinks `[batch, q_heads]`."""
     batch, q_heads, window, _ = query.shape
     kv_heads, n = key.shape[1:3]
     group, length = q_heads // kv_heads, n - window
@@ -118,7 +137,8 @@ def window_score(
                 mean = torch.zeros(length - hidden, dtype=torch.float64)
                 for w in range(window):
                     visible = key[b, h, hidden : length + w + 1].double()
-                    p = torch.softmax(visible @ query[b, h * group + g, w].double() * scaling, 0)
+                    sink = None if sinks is None else sinks[b, h * group + g]
+                    p = softmax(visible @ query[b, h * group + g, w].double() * scaling, softcap, sink)
                     mean += p[: length - hidden] / window
                 heads.append(mean)
             stacked = torch.stack(heads)

@@ -49,8 +49,8 @@ def test_the_other_variants_compile():
 class Recorder:
     """Stands in for a kernel and notes the constants it is launched with."""
 
-    def __init__(self, name, found):
-        self.name, self.found = name, found
+    def __init__(self, name, kernel, found):
+        self.name, self.kernel, self.found = name, kernel, found
 
     def __getitem__(self, grid):
         return self.launch
@@ -66,6 +66,8 @@ class Recorder:
             torch.bfloat16: "bf16",
             torch.float32: "fp32",
         }[rows.dtype]
+        names = self.kernel.arg_names
+        constants |= {names[i]: None for i, argument in enumerate(arguments) if argument is None}
         warps, stages = constants.pop("num_warps"), constants.pop("num_stages", 3)  # 3: triton's default
         self.found.append((self.name, dtype, constants, warps, stages))
 
@@ -77,7 +79,7 @@ def test_launchers_choose_only_compiled_variants(dtype, monkeypatch):
     for variant in {name for name, *_ in variants()}:
         module, function = variant.split(".")
         module = sys.modules[f"sparsemm_lmms.kernels.{module}"]
-        monkeypatch.setattr(module, function, Recorder(variant, found))
+        monkeypatch.setattr(module, function, Recorder(variant, getattr(module, function), found))
         monkeypatch.setattr(module, "resolve_backend", lambda *_: "triton")
     for head_dim in (32, 64, 80, 96, 128):
         for group, tokens in ((1, 1), (4, 1), (7, 1), (8, 1), (4, 8), (7, 100)):
@@ -90,10 +92,13 @@ def test_launchers_choose_only_compiled_variants(dtype, monkeypatch):
             kernels.evict(new, new, index, count, store.start, store.keys, store.values)
             query = torch.zeros(1, 2 * group, tokens, head_dim, dtype=dtype)
             key = torch.zeros(1, 2, 200, head_dim, dtype=dtype)
+            both = dict(softcap=1.0, sinks=torch.zeros(2 * group))
             kernels.window_score(query, key, scaling=1.0)
+            kernels.window_score(query, key, scaling=1.0, **both)
             spare = torch.zeros(5000, head_dim, dtype=dtype)
             for max_length in (500, 5000):
                 kernels.ragged_decode(query, spare, spare, *place, scaling=1.0, max_length=max_length)
+                kernels.ragged_decode(query, spare, spare, *place, scaling=1.0, max_length=max_length, **both)
     assert {name for name, *_ in found} == {name for name, *_ in variants()}
     strange = [launch for launch in found if launch not in variants()]
     assert not strange, strange[0]

@@ -11,10 +11,25 @@ from sparsemm_lmms.kernels.ragged_decode import plan
 from . import naive
 
 
-def check(lengths, group, tokens, head_dim, dtype=torch.float32, count=None, device="cpu", store=None, **options):
+def check(
+    lengths,
+    group,
+    tokens,
+    head_dim,
+    dtype=torch.float32,
+    count=None,
+    device="cpu",
+    store=None,
+    softcap=None,
+    sinks=None,
+    **options,
+):
+    """`sinks`: their dtype, or None."""
     store = naive.make_store(lengths, head_dim, dtype) if store is None else store
     query = torch.randn(len(lengths), len(lengths[0]) * group, tokens, head_dim).to(dtype)
     there = store.to(device)
+    if sinks is not None:
+        sinks = (torch.randn(query.shape[1]) * 3).to(sinks)
     got = ragged_decode(
         query.to(device),
         there.keys,
@@ -22,11 +37,13 @@ def check(lengths, group, tokens, head_dim, dtype=torch.float32, count=None, dev
         there.start,
         there.length,
         scaling=head_dim**-0.5,
+        softcap=softcap,
+        sinks=None if sinks is None else sinks.to(device),
         new_count=None if count is None else torch.tensor(count, dtype=torch.int32, device=device),
         **options,
     )
     assert got.dtype == dtype and got.shape == query.shape
-    expected = naive.decode(query, store, head_dim**-0.5, count)
+    expected = naive.decode(query, store, head_dim**-0.5, count, softcap, sinks)
     tolerance = naive.TOLERANCE[dtype]
     torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -40,6 +57,11 @@ CASES = [
     dict(lengths=[[0, 0]], group=1, tokens=1, head_dim=64),
     dict(lengths=[[1000, 1, 2]], group=1, tokens=1, head_dim=128),  # one long head
     dict(lengths=[[1]], group=1, tokens=3, head_dim=64),  # fewer rows than queries: the first ones see nothing
+]
+LOGITS = [  # the values lie a few units apart, so the cap bites and each sink takes a share of its own
+    dict(softcap=0.7),
+    dict(sinks=torch.float32),
+    dict(softcap=1.5, sinks=torch.float16),
 ]
 LONG = [  # only compiled: the interpreter needs seconds for each
     dict(lengths=[[5000, 1, 700, 60], [0, 1025, 9, 4096]], group=1, tokens=1, head_dim=128),
@@ -56,8 +78,30 @@ def test_torch(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("logits", LOGITS)
+def test_torch_with_cap_and_sinks(case, logits):
+    check(**case, **logits, backend="torch")
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("max_length", [None, 1000])
 def test_interpreter(case, max_length, interpreter):
+    check_interpreted(case, max_length)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("max_length", [None, 1000])
+def test_interpreter_with_cap_and_sinks(case, max_length, interpreter):
+    """A sink counts once, however many programs share an item, and not for one without rows."""
+    check_interpreted({**case, "softcap": 1.5, "sinks": torch.float16}, max_length)
+
+
+@pytest.mark.parametrize("logits", LOGITS[:2])
+def test_interpreter_with_cap_or_sinks(logits, interpreter):
+    check_interpreted({**CASES[1], **logits}, None)
+
+
+def check_interpreted(case, max_length):
     """max_length 1000: one program an item. None: equal runs over 8 programs, merged where they cut an item."""
     if max_length is None:
         store = naive.make_store(case["lengths"], case["head_dim"], case.get("dtype", torch.float32))
@@ -68,12 +112,24 @@ def test_interpreter(case, max_length, interpreter):
         check(**case, max_length=max_length, backend="triton")
 
 
-def test_more_parts_than_one_merge_block_interpreter(interpreter, monkeypatch):
+@pytest.mark.parametrize("sinks", [None, torch.float32])
+def test_more_parts_than_one_merge_block_interpreter(sinks, interpreter, monkeypatch):
     """40 programs share one item, so its merge takes three blocks of 16 parts, the largest logit in the last."""
     monkeypatch.setattr(sys.modules[ragged_decode.__module__], "multiprocessors", lambda device: 20)
     store = naive.make_store([[2600, 3]], 16)
     store.keys[store.rows(0, 0)[-1]] *= 10
-    check([[2600, 3]], 2, 1, 16, store=store, backend="triton")
+    check([[2600, 3]], 2, 1, 16, store=store, sinks=sinks, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sinks_without_weight_or_with_all_interpreter(backend, interpreter):
+    """A sink of -inf is none; a huge one leaves nothing to the rows."""
+    store, query = naive.make_store([[40, 0]], 16), torch.randn(1, 4, 1, 16)
+    place = (store.keys, store.values, store.start, store.length)
+    want = ragged_decode(query, *place, scaling=0.25, backend="torch")
+    for value, expected in ((float("-inf"), want), (1e30, torch.zeros_like(want))):
+        got = ragged_decode(query, *place, scaling=0.25, sinks=torch.full((4,), value), backend=backend)
+        torch.testing.assert_close(got, expected)
 
 
 @settings(max_examples=15, deadline=None)
@@ -100,30 +156,34 @@ def test_torch_like_the_loop(data):
     row = st.lists(st.integers(0, 40), min_size=heads, max_size=heads)
     lengths = data.draw(st.lists(row, min_size=batch, max_size=batch))
     count = data.draw(st.none() | st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
-    check(lengths, group, tokens, 4, count=count)
+    logits = data.draw(st.sampled_from([{}, *LOGITS]))
+    check(lengths, group, tokens, 4, count=count, **logits)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", [{k: v for k, v in case.items() if k != "dtype"} for case in CASES + LONG])
 @pytest.mark.parametrize("max_length", [None, 20000])
-def test_gpu(case, dtype, max_length):
-    check(**case, dtype=dtype, max_length=max_length, device="cuda")
+@pytest.mark.parametrize("logits", [{}, LOGITS[-1]])
+def test_gpu(case, dtype, max_length, logits):
+    check(**case, dtype=dtype, max_length=max_length, device="cuda", **logits)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
-def test_gpu_torch_backend(case):
-    check(**case, backend="torch", device="cuda")
+@pytest.mark.parametrize("logits", [{}, LOGITS[-1]])
+def test_gpu_torch_backend(case, logits):
+    check(**case, backend="torch", device="cuda", **logits)
 
 
 @pytest.mark.parametrize("tokens, count", [(1, None), (3, None), (3, [2, 3])])
-def test_uniform_stride_reads_in_place(tokens, count, monkeypatch):
+@pytest.mark.parametrize("logits", [{}, LOGITS[-1]])
+def test_uniform_stride_reads_in_place(tokens, count, logits, monkeypatch):
     """Equal segments laid out regularly are not gathered; the rows behind their lengths are NaN and must not show."""
     store = naive.make_store([[9, 9], [9, 9]], 8, shuffle=False)
     monkeypatch.setattr(torch.Tensor, "index_select", None)
     stride = int(store.start[0, 1] - store.start[0, 0])
-    check([[9, 9], [9, 9]], 2, tokens, 8, count=count, store=store, uniform_stride=stride, backend="torch")
+    check([[9, 9], [9, 9]], 2, tokens, 8, count=count, store=store, uniform_stride=stride, backend="torch", **logits)
 
 
 def test_uniform_stride_with_other_lengths():
@@ -256,6 +316,10 @@ def test_offsets_beyond_32_bits():
         (dict(max_length=-1), "max_length"),
         (dict(uniform_stride=0), "uniform_stride"),
         (dict(backend="flash"), "backend must be one of"),
+        (dict(softcap=0.0), "softcap must be positive, got 0.0"),
+        (dict(sinks=torch.zeros(2)), r"sinks must have shape \(4,\), got \(2,\)"),
+        (dict(sinks=torch.zeros(4, dtype=torch.int64)), "sinks must be float16, bfloat16 or float32"),
+        (dict(sinks=torch.zeros(8)[::2]), "sinks must be contiguous"),
     ],
 )
 def test_wrong_arguments(change, message):
@@ -284,7 +348,8 @@ def test_a_small_store_is_read_as_it_is(data):
     places = store_places(store.start, store.capacity, len(store.keys), heads * group, 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "index_select", None)
-        check(lengths, group, 1, 4, dtype, store=store, places=places, backend="torch")
+        logits = data.draw(st.sampled_from([{}, *LOGITS]))
+        check(lengths, group, 1, 4, dtype, store=store, places=places, backend="torch", **logits)
     check(lengths, group, 2, 4, dtype, store=store, places=places, backend="torch")
 
 

@@ -41,16 +41,31 @@ CASES = [
     dict(shape=(1, 1, 1, 4, 1000, 32), kernel_size=3),  # several splits
 ]
 POOLS = [("avgpool", "mean"), ("maxpool", "max")]
+LOGITS = [dict(softcap=0.7), dict(sinks=torch.float32), dict(softcap=1.5, sinks=torch.float16)]
 
 
 def check(
-    shape, pooling, gqa_func, pad=None, dtype=torch.float32, kernel_size=5, reference=None, device="cpu", **where
+    shape,
+    pooling,
+    gqa_func,
+    pad=None,
+    dtype=torch.float32,
+    kernel_size=5,
+    reference=None,
+    device="cpu",
+    softcap=None,
+    sinks=None,
+    **where,
 ):
+    """`sinks`: their dtype, or None."""
     query, key = inputs(*shape, dtype)
     scaling = shape[-1] ** -0.5
     settings = dict(kernel_size=kernel_size, pooling=pooling, gqa_func=gqa_func)
     tensor_pad = None if pad is None else torch.tensor(pad, dtype=torch.int32, device=device)
     query, key = query.to(device), key.to(device)
+    settings["softcap"] = softcap
+    if sinks is not None:
+        settings["sinks"] = (torch.randn(shape[:2]) * 3).to(device, sinks)
     got = window_score(query, key, scaling=scaling, pad=tensor_pad, **settings, **where)
     if reference is None:
         expected = naive.window_score(query, key, scaling, pad=pad, **settings)
@@ -63,6 +78,26 @@ def check(
 @pytest.mark.parametrize("pooling, gqa_func", [*POOLS, ("avgpool", "max"), ("maxpool", "mean")])
 def test_torch(case, pooling, gqa_func):
     check(**case, pooling=pooling, gqa_func=gqa_func, backend="torch")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("logits", LOGITS)
+def test_torch_with_cap_and_sinks(case, logits):
+    check(**case, **logits, pooling="avgpool", gqa_func="mean", backend="torch")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("logits", LOGITS)
+def test_interpreter_with_cap_and_sinks(case, logits, interpreter):
+    check(**case, **logits, pooling="maxpool", gqa_func="max", reference="torch", backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_interpreter_one_sink_a_head_for_all_sequences(backend, interpreter):
+    query, key = inputs(2, 4, 2, 6, 50, 16)
+    sinks = torch.randn(4)
+    got = window_score(query, key, scaling=0.25, sinks=sinks, backend=backend)
+    compare(got, naive.window_score(query, key, 0.25, 5, "avgpool", "mean", sinks=sinks.expand(2, -1)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,9 +117,10 @@ def test_interpreter(case, pooling, gqa_func, interpreter):
     ],
 )
 @pytest.mark.parametrize("pooling, gqa_func", POOLS)
-def test_gpu(case, dtype, pooling, gqa_func):
+@pytest.mark.parametrize("logits", [{}, LOGITS[-1]])
+def test_gpu(case, dtype, pooling, gqa_func, logits):
     """float32 within 2e-5 also shows that it does not go through tf32 (2^-11 relative in each factor)."""
-    check(**case, dtype=dtype, pooling=pooling, gqa_func=gqa_func, reference="torch", device="cuda")
+    check(**case, **logits, dtype=dtype, pooling=pooling, gqa_func=gqa_func, reference="torch", device="cuda")
 
 
 @settings(max_examples=25, deadline=None)
@@ -115,9 +151,11 @@ def test_left_padding_equals_the_sequence_alone(pooling):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("pad", [45, 47, 50])
-def test_interpreter_sequences_inside_the_window_have_no_nan(backend, pad, interpreter):
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-500.0, 500.0])])
+def test_interpreter_sequences_inside_the_window_have_no_nan(backend, pad, sinks, interpreter):
     query, key = inputs(1, 2, 1, 5, 50, 16)
-    score = window_score(query, key, scaling=0.25, pad=torch.tensor([pad], dtype=torch.int32), backend=backend)
+    pad = torch.tensor([pad], dtype=torch.int32)
+    score = window_score(query, key, scaling=0.25, pad=pad, sinks=sinks, backend=backend)
     assert not score.isnan().any()
 
 
@@ -194,6 +232,8 @@ def test_golden_snapkv_gpu(case):
         (dict(pad=torch.zeros(2, dtype=torch.int32)), "pad must have shape"),
         (dict(query=torch.zeros(1, 4, 8, 3).transpose(2, 3)), "contiguous in its last dimension"),
         (dict(backend="cuda"), "backend must be one of"),
+        (dict(softcap=-1.0), "softcap must be positive, got -1.0"),
+        (dict(sinks=torch.zeros(3)), r"sinks must have shape \(4,\) or \(1, 4\), got \(3,\)"),
     ],
 )
 def test_wrong_arguments(change, message):
