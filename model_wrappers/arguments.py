@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import CUDA_GRAPHS, CompressionConfig, parse_value, unknown_name
+from ..config import CUDA_GRAPHS, CompressionConfig, parse_value, shown, unknown_name
 from ..methods import METHODS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -128,7 +128,7 @@ def parse_arguments(text: str) -> dict[str, str]:
     for piece in filter(None, map(str.strip, re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", text))):
         match = re.match(r"([A-Za-z_][\w-]*)\s*=", piece)
         if match is None:
-            raise ValueError(f"--model_args {text!r} is not of the form name=value,name=value.")
+            raise ValueError(f"--model_args {shown(text)} is not of the form name=value,name=value.")
         name, value = match[1], piece[match.end() :].strip().rstrip(",").rstrip()
         if name in RESERVED:
             raise ValueError(f"--model_args cannot set {name!r} ({name}={value}); leave it out.")

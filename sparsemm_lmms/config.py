@@ -122,19 +122,19 @@ def parse_value(name: str, value: Any, kind: str) -> Any:
     elif kind == "int" and not isinstance(value, bool):
         whole = _whole(value)
         if whole is not None and abs(whole) > LARGEST:
-            raise ValueError(f"{name}={_shown(value)} is too large: whole numbers reach up to {LARGEST}.")
+            raise ValueError(f"{name}={shown(value)} is too large: whole numbers reach up to {LARGEST}.")
         if whole is not None:
             return whole
     elif kind == "float" and not isinstance(value, bool):
         number = _real(value)
         if number is not None and not math.isfinite(number):
-            raise ValueError(f"{name}={_shown(value)} is not a finite number.")
+            raise ValueError(f"{name}={shown(value)} is not a finite number.")
         if number is not None:
             return number
     elif kind == "str" and isinstance(value, str):
         return value
     wanted = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word"}[kind]
-    raise ValueError(f"{name}={_shown(value)} is not {wanted}.")
+    raise ValueError(f"{name}={shown(value)} is not {wanted}.")
 
 
 def _whole(value: Any) -> int | None:
@@ -172,7 +172,7 @@ def _decimal(text: str) -> str | None:
     return match and match[0]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """`value` as a sentence quotes it: long ones are cut."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
     return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
@@ -182,7 +182,7 @@ def unknown_name(what: str, name: str, known: list[str] | tuple[str, ...]) -> st
     """The sentence for an unknown name: what is known, and which of it is nearest."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"Unknown {what} {name!r}; known: {', '.join(known)}.{hint}"
+    return f"Unknown {what} {shown(name)}; known: {', '.join(known)}.{hint}"
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
