@@ -12,6 +12,7 @@ rows, views and prompt are theirs by default.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -91,7 +92,7 @@ def score_heads(
     ``samples``: any iterable; if it has ``describe()``, that names the data in the provenance. ``limit``: stop after so
     many inputs, skipped ones included. Killed runs continue from ``output``'s partial file; a finished ``output`` of
     the same model, data and settings is returned as it is. ``overwrite``: replace a file of others, which is a
-    ValueError otherwise.
+    ValueError otherwise. A run that was killed may be ended with more or fewer inputs than it was to have.
 
     >>> # score_heads(model, processor, GeneratedPages(200), "scores.json", ChaseSettings(mode="teacher", batch_size=4))
     """
@@ -110,19 +111,20 @@ def score_heads(
         "q_heads": heads,
         "kv_heads": kv_heads,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "data": samples.describe() if hasattr(samples, "describe") else {"source": type(samples).__name__},
-        "inputs": total,
         "query_row": "predicting",
         **asdict(settings),
         "sparsemm_lmms": __version__,
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "pillow")},
     }
     if output.exists() and not overwrite:
-        return _finished(output, facts, hasattr(samples, "describe"))
+        return _finished(output, {**facts, "inputs": total}, hasattr(samples, "describe"))
     reader = _Reader(model, processor, settings)
     was_training = model.training
     model.eval()
     try:
-        with PartialResults(output, facts, settings.batch_size, overwrite) as partial:
+        with PartialResults(output, facts, settings.batch_size, total, overwrite) as partial:
             if partial.records:
                 logger.info(f"Continuing {output}: {len(partial.records)} inputs are done.")
             with tqdm(total=total, initial=len(partial.records), desc="chase", disable=not progress) as bar:
@@ -130,7 +132,7 @@ def score_heads(
                     partial.append(reader.read(batch, first=len(partial.records)))
                     bar.update(len(batch))
             try:
-                scores = reduce_records(partial.records, facts)
+                scores = reduce_records(partial.records, {**facts, "inputs": total})
             except ValueError:
                 partial.remove()  # of no use: going on with it after the images were mended would fail again
                 raise

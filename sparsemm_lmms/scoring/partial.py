@@ -29,17 +29,26 @@ MEND = "delete it or choose another output"
 class PartialResults:
     """Records ``0..len(records)`` are done; ``append`` adds the next ones durably.
 
-    output: the score file. settings: JSON-able, with ``layers`` and ``q_heads``; what decides the records. overwrite:
-    begin anew where the file beside ``output`` is of other settings, which is a ValueError otherwise. A file that holds
-    anything but such records is a ValueError that names the line and the field.
+    output: the score file. settings: JSON-able, with ``layers`` and ``q_heads``; what decides the records. total: inputs
+    of this run, if known; a batch that reaches beyond them is done anew. overwrite: begin anew where the file beside
+    ``output`` is of other settings, which is a ValueError otherwise. A file that holds anything but such records is a
+    ValueError that names the line and the field.
 
     >>> # with PartialResults(path, settings, batch_size) as partial: ...; partial.append([...]); partial.remove()
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], batch_size: int, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        output: Path,
+        settings: dict[str, Any],
+        batch_size: int,
+        total: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
         self.path = output.with_name(output.name + ".partial.jsonl")
         self.settings = json.loads(json.dumps(settings))
         self.batch_size = batch_size
+        self.total = total
         self.overwrite = overwrite
         self.records: list[dict[str, Any]] = []
 
@@ -99,7 +108,8 @@ class PartialResults:
             changed = ", ".join(differing(theirs, self.settings)) or "of another version"
             raise ValueError(f"{self.path} belongs to a run with other settings ({changed}); {MEND}.")
         self.records = [self._record(line, index) for index, line in enumerate(lines[1:])]
-        del self.records[len(self.records) // self.batch_size * self.batch_size :]
+        done = len(self.records) if self.total is None else min(len(self.records), self.total)
+        del self.records[done // self.batch_size * self.batch_size :]
         self._file.truncate(sum(len(line) for line in lines[: 1 + len(self.records)]))
 
     def _restart(self, header: dict[str, Any]) -> None:

@@ -198,6 +198,8 @@ def _check_origin(
 ) -> None:
     """Refuse scores whose provenance names another model; warn where the same one has changed since."""
     model, kind, there = (scores.provenance.get(name) for name in ("model", "model_type", "checkpoint"))
+    if model in (getattr(config, "architectures", None) or ()):
+        model = None  # a model without a name was called by its class
     if model is None and kind is None:
         return
     here = checkpoint_version(pretrained, revision, config)

@@ -279,6 +279,22 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     assert resumed.provenance["skipped"] == {"count": 1, "first": ["broken.png: is not readable."]}
 
 
+@pytest.mark.parametrize("limit", [1, 3, 4, 5])
+def test_a_killed_run_is_ended_with_fewer_or_more_inputs(limit, tmp_path):
+    model, processor = tiny.llava_next(), tiny.llava_processor()
+
+    def killed():
+        yield from make_samples(4)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, processor, killed(), tmp_path / "s.json", limit=5)
+    ended = run(model, processor, (sample for sample in make_samples(5)), tmp_path / "s.json", limit=limit)
+    whole = run(model, processor, (sample for sample in make_samples(5)), tmp_path / "w.json", limit=limit)
+    assert np.array_equal(ended.values, whole.values) and ended.provenance == {**whole.provenance}
+    assert ended.provenance["images"] == ended.provenance["inputs"] == limit
+
+
 def _in_a_child(work):
     """Exit code of ``work`` in a forked process (a spawned one would import transformers anew)."""
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -440,7 +456,8 @@ def test_a_finished_file_is_kept_and_no_other_run_replaces_it(tmp_path):
         ),
         (lambda: run(model, processor, samples, path, model_id="org/model"), "model: .* there, 'org/model' here"),
         (lambda: chase(model, processor, samples, path, ChaseSettings("free", batch_size=2)), "mode: 'teacher' there"),
-        (lambda: run(model, processor, samples[:], path), "data.source: 'test' there, 'list' here"),
+        (lambda: run(model.double(), processor, samples, path), "dtype: 'float32' there, 'float64' here"),
+        (lambda: run(model.float(), processor, samples[:], path), "data.source: 'test' there, 'list' here"),
     ]
     read = Described.read
     for other, words in others:

@@ -160,6 +160,7 @@ def test_scores_of_another_model_are_refused(config, folder, tmp_path, warned, m
     use("org/model", model="org/model", checkpoint="main")
     use(model=None, model_type=None, checkpoint=None)  # a file of other tools
     use(model=None, checkpoint=None)
+    use(model="LlavaNextForConditionalGeneration", checkpoint=None)  # scored in memory
     assert not warned
     use(checkpoint="before")
     assert len(warned) == 1 and "files have changed since (checkpoint before there" in warned[0]
