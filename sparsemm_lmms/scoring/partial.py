@@ -29,10 +29,10 @@ MEND = "delete it or choose another output"
 class PartialResults:
     """Records ``0..len(records)`` are done; ``append`` adds the next ones durably.
 
-    output: the score file. settings: JSON-able, with ``layers`` and ``q_heads``; what decides the records. total: inputs
-    of this run, if known; a batch that reaches beyond them is done anew. overwrite: begin anew where the file beside
-    ``output`` is of other settings, which is a ValueError otherwise. A file that holds anything but such records is a
-    ValueError that names the line and the field.
+    output: the score file. settings: JSON-able, with ``layers`` and ``q_heads``; what decides the records. total:
+    inputs of this run, if known; a batch that reaches beyond them is done anew. overwrite: begin anew where the file
+    beside ``output`` is of other settings, which is a ValueError otherwise. A file that holds anything but such records
+    is a ValueError that names the line and the field.
 
     >>> # with PartialResults(path, settings, batch_size) as partial: ...; partial.append([...]); partial.remove()
     """
