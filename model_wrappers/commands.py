@@ -18,10 +18,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..cli import tasks_folder
 from ..config import unknown_name
 from ..failures import cause, is_refusal, sentence
+from ..json_files import one_line
 from .names import FAMILIES, METHODS
 from .results import KEY, read_results
 
@@ -218,7 +220,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, where)
         elif before != after:
-            yield f"{where}: {before} in the record, {after} now"
+            yield one_line(f"{where}: {before} in the record, {after} now")
 
 
 def print_comparison(old: dict[tuple[str, str], float], new: dict[tuple[str, str], float]) -> bool:
@@ -229,7 +231,7 @@ def print_comparison(old: dict[tuple[str, str], float], new: dict[tuple[str, str
         before, after = old.get((task, name), math.nan), new.get((task, name), math.nan)
         equal = before == after or (math.isnan(before) and math.isnan(after) and {(task, name)} <= {*old} & {*new})
         same &= equal
-        table.add_row(task, name, f"{before:.6g}", f"{after:.6g}", "equal" if equal else "differs")
+        table.add_row(Text(task), Text(name), f"{before:.6g}", f"{after:.6g}", "equal" if equal else "differs")
     Console().print(table)
     return same
 

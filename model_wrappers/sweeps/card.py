@@ -7,7 +7,6 @@ model, method and budget.
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
 import re
@@ -19,8 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from ...head_scores import write_atomically
-from ...json_files import checked, one_line, read_bytes, read_json
+from ...json_files import checked, read_bytes, read_json
 from ..results import KEY, read_results
+from .markdown import code, item, plain
 from .statistics import METHOD_ORDER
 from .store import COMPACT, CellRecord, cell_folder, read_cells, write_text
 
@@ -32,8 +32,6 @@ RECORD: dict[str, Any] = {
     "measured": dict[str, float],
 }
 """What a card takes from the record of a run."""
-MARKS = re.compile(r"[`*~$|]|\\(?=[!-/:-@\[-`{-~])|\](?=[(:\[])|^[#+=-](?![\d.])")
-"""Where Markdown would not show the letters of a text: marks, columns of tables, escapes, links, blocks."""
 
 
 @dataclass(frozen=True)
@@ -253,23 +251,10 @@ def _copy(source: Path, folder: Path, stem: str) -> Path:
     return target
 
 
-def _plain(text: str) -> str:
-    """Markdown that shows these letters: no mark, line, column or tag of a table comes from a record."""
-    return html.escape(MARKS.sub(r"\\\g<0>", one_line(text)), quote=False)
-
-
-def _item(text: str) -> str:
-    return f"* {_plain(text)}\n"
-
-
-def _code(name: str) -> str:
-    return f"`{name}`" if re.fullmatch(r"[\w./ -]+", name) else _plain(name)
-
-
 def _markdown(runs: Sequence[Run], collected: Collected, root: Path) -> str:
     methods = list(dict.fromkeys(run.method.partition("#")[0] for run in runs))
     models = list(dict.fromkeys(run.model for run in runs))
-    parts = [f"# {_plain(', '.join(models))} with compressed KV caches\n", "## Results\n", _results(runs)]
+    parts = [f"# {plain(', '.join(models))} with compressed KV caches\n", "## Results\n", _results(runs)]
     parts += ["## Settings\n", _settings(runs), "## Hardware and versions\n", _environment(runs)]
     parts += ["## Submission files\n", _submissions(runs, collected, root), "## Citation\n", _citation(methods)]
     return "\n".join(parts)
@@ -296,7 +281,7 @@ def _table(runs: Sequence[Run]) -> str:
         measured.append(run.measured.get("tpot_ms_median", run.measured.get("tpot_ms")))
         values = [run.scores.get(task, {}).get(metric) for task, metric in columns] + measured
         lines.append([run.model, run.method + variant, str(run.budget or "all"), *map(_text, values)])
-    shown = [[_plain(text) for text in row] for row in (header, *lines)]
+    shown = [[plain(text) for text in row] for row in (header, *lines)]
     rows = [shown[0], ["---"] * 3 + ["---:"] * (len(header) - 3), *shown[1:]]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -309,12 +294,12 @@ def _settings(runs: Sequence[Run]) -> str:
     """What all runs share, once; what differs, by run."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings if name not in ("model", "budget")))
     texts = {name: [json.dumps(run.settings.get(name), sort_keys=True) for run in runs] for name in names}
-    shared = [_item(f"{name}: {values[0]}") for name, values in texts.items() if len(set(values)) == 1]
+    shared = [item(f"{name}: {values[0]}") for name, values in texts.items() if len(set(values)) == 1]
     differing = [name for name in names if len(set(texts[name])) > 1]
     own = []
     for index, run in enumerate(runs):
         told = [f"{name} {texts[name][index]}" for name in differing if run.settings.get(name) is not None]
-        own += [_item(f"{run.model}, {run.method}: {', '.join(told)}")] if told else []
+        own += [item(f"{run.model}, {run.method}: {', '.join(told)}")] if told else []
     return "".join(shared) + ("\nBy method:\n\n" + "".join(dict.fromkeys(own)) if own else "")
 
 
@@ -322,11 +307,11 @@ def _environment(runs: Sequence[Run]) -> str:
     lines = []
     for text in dict.fromkeys(json.dumps(run.environment, sort_keys=True) for run in runs):
         where = json.loads(text)
-        lines.append(_item(f"hardware: {where.get('gpu') or 'CPU'}, {where.get('num_processes') or 1} processes"))
+        lines.append(item(f"hardware: {where.get('gpu') or 'CPU'}, {where.get('num_processes') or 1} processes"))
         versions = where.get("versions") or {}
-        lines.append(_item(f"versions: {', '.join(f'{name} {value}' for name, value in versions.items())}"))
+        lines.append(item(f"versions: {', '.join(f'{name} {value}' for name, value in versions.items())}"))
         for name in ("checkpoint", "git_commit", "kernel_backend", "image_size"):
-            lines += [_item(f"{name}: {where[name]}")] if where.get(name) is not None else []
+            lines += [item(f"{name}: {where[name]}")] if where.get(name) is not None else []
     return "".join(dict.fromkeys(lines))
 
 
@@ -334,9 +319,9 @@ def _submissions(runs: Sequence[Run], collected: Collected, root: Path) -> str:
     lines = []
     for name, original, path in collected.copied:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        told = f"lmms-eval: {_code(original)}, sha256 {digest[:16]}"
-        lines.append(f"* {_plain(name)}: `{path.relative_to(root)}` ({told})\n")
-    lines += [_item(f"missing: {line}").replace("\\*", "*") for line in collected.missing]  # patterns of files
+        told = f"lmms-eval: {code(original)}, sha256 {digest[:16]}"
+        lines.append(f"* {plain(name)}: `{path.relative_to(root)}` ({told})\n")
+    lines += [item(f"missing: {line}").replace("\\*", "*") for line in collected.missing]  # patterns of files
     run_tasks = {task for run in runs for task in run.documents}
     lines += [
         f"* {board.name}: not run (`--tasks {board.task}`)\n" for board in LEADERBOARDS if board.task not in run_tasks

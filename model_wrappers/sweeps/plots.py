@@ -296,9 +296,9 @@ def _axes(rows: int, columns: int) -> tuple[Figure, Any]:
 
 
 def _titled(axis: Axes, block: Block) -> None:
-    axis.set_title(f"{block.model}: {block.task}", fontsize=10)
+    axis.set_title(f"{block.model}: {block.task}", fontsize=10, parse_math=False)
     count = f" ({block.documents} documents)" if block.documents else ""
-    axis.set_ylabel(f"{block.metric}{', ' + block.unit if block.unit else ''}{count}")
+    axis.set_ylabel(f"{block.metric}{', ' + block.unit if block.unit else ''}{count}", parse_math=False)
     axis.grid(alpha=0.3)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...json_files import one_line
 from . import plots, tables
+from .markdown import item
 from .statistics import Block, blocks
 from .store import CellRecord, read_cells, read_plan, write_compact, write_text
 
@@ -155,7 +156,7 @@ def _markdown(
     told = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     parts = [f"# Sweep\n\n{len(records)} cells, {sum(r.seconds for r in records):.0f} s of evaluation. {told}\n"]
     if failed:
-        parts.append("**Failed cells**\n\n" + "".join(f"* {record.name}: {record.error}\n" for record in failed))
+        parts.append("**Failed cells**\n\n" + "".join(item(f"{record.name}: {record.error}") for record in failed))
     parts += [f"![{name}](figures/{name}.png)\n" for name in drawn if name in ("accuracy", "pareto")]
     if any(block.compared() for block in shown):
         parts.append(tables.LEGEND + "\n")

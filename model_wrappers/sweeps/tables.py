@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from .markdown import plain
 from .paper import TASKS, published
 from .statistics import CONTROLS, Block, Interval, Row
 
@@ -39,7 +40,7 @@ class Grid:
 
     def markdown(self) -> str:
         lines = [list(self.header), ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return f"**{plain(self.title)}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
     def csv(self) -> str:
         out = io.StringIO()
