@@ -24,8 +24,8 @@ from .cache import _handoff
 PREFIX = "ragged_kv_"
 # What attention modules are handed or hand on without it bearing on the attention of a decoder.
 HARMLESS = frozenset(TransformersKwargs.__optional_keys__) | {
-    "cache_position", "dropout", "image_sizes", "labels", "logits_to_keep", "mm_token_type_ids", "return_dict",
-    "token_type_ids", "use_cache",
+    "assistant_model", "assistant_tokenizer", "cache_position", "dropout", "image_sizes", "labels", "logits_to_keep",
+    "mm_token_type_ids", "return_dict", "token_type_ids", "tokenizer", "use_cache",
 }  # fmt: skip
 
 
