@@ -61,6 +61,7 @@ class RunOptions:
         system_prompt: text, or a file that holds it; None for none.
         batch_size: prompts generated together (left padded).
         head_scores: `auto`, a file, `uniform`, `random`, `layer_mean` or `permuted`: for methods that need scores.
+        foreign_head_scores: use a score file although it says that it was made for another model.
         min_pixels, max_pixels: limits to which Qwen2-VL resizes images; None leaves the checkpoint's own.
         compress_before_question: compress what ends with the last image before the question is seen.
         rounds: in tasks of many rounds, `append` each prompt to the conversation's cache, `recompress` that cache after
@@ -81,6 +82,7 @@ class RunOptions:
     system_prompt: str | None = None
     batch_size: int = 1
     head_scores: str = "auto"
+    foreign_head_scores: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
     compress_before_question: bool = False
@@ -173,7 +175,7 @@ def known_run_options(family: Family, method: str) -> set[str]:
     if not family.reads_video:
         names -= {"max_num_frames", "fps"}
     if not METHODS[method].needs_head_scores:
-        names -= {"head_scores"}
+        names -= {"head_scores", "foreign_head_scores"}
     return names
 
 

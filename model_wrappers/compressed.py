@@ -62,7 +62,7 @@ class CompressedModel:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the answers, resolved: arguments, defaults and the identity of the head scores."""
         unused = set(unused_settings(self.method))
-        known = known_run_options(self.family, self.method) - unused - {"head_scores"}
+        known = known_run_options(self.family, self.method) - unused - {"head_scores", "foreign_head_scores"}
         run = {name: value for name, value in vars(self.options).items() if name in known}
         run |= {"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
         scores = None
@@ -89,6 +89,7 @@ class CompressedModel:
             path,
             revision,
             seed=self.compression.seed,
+            foreign=self.options.foreign_head_scores,
             progress=progress,
             **loaded,
         )

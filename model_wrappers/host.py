@@ -208,11 +208,11 @@ def _evaluated(original: Callable[..., Any], call: dict[str, Any]) -> dict[str, 
     settings = {**model.settings(), "system_prompt": model.system_prompt, "device": model.device.type}  # of all ranks
     where = environment(model)
     identity = {"settings": settings, "environment": {key: value for key, value in where.items() if key != "gpu"}}
-    if cache is not None:
-        _set_apart(cache, fingerprint(identity))
     host = {name: call[name] for name in ("limit", "offset", "system_instruction", "apply_chat_template")}
-    tasks = {output.task_name: output.task.dump_config() for output in get_task_list(call["task_dict"])}
+    tasks = {output.task_name: vars(output.task.config) for output in get_task_list(call["task_dict"])}
     evaluation = settings_of_evaluation({**host, **vars(cli_args)} if cli_args else host, tasks)
+    if cache is not None:
+        _set_apart(cache, fingerprint(identity, evaluation["tasks"], evaluation["task_code"]))
     del identity["environment"]["git_commit"]  # in the key of cached answers, but no setting
     digest = fingerprint(identity, evaluation)
     name = run_name(model, digest)

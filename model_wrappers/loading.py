@@ -15,9 +15,7 @@ from accelerate import Accelerator
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available
 
-from .._version import __version__
 from ..config import CompressionConfig
-from ..scoring.resolve import folder_version
 from .arguments import DEMO, Family, RunOptions
 from .names import FAMILIES
 
@@ -170,14 +168,6 @@ def read_config(family: Family, options: RunOptions) -> dict[str, Any]:
         f"pretrained={options.pretrained} is a {found!r} checkpoint, but {family.name}_* models need "
         f"a {family.model_type!r} one, for example {family.pretrained}{hint}."
     )
-
-
-def checkpoint_version(family: Family, options: RunOptions, config: Any) -> str:
-    """Which weights these are: the commit on the hub, what the files of a folder look like, our version for `demo`."""
-    if options.is_demo:
-        return f"demo {__version__}"
-    folder = Path(checkpoint_path(family, options))
-    return folder_version(folder) if folder.is_dir() else getattr(config, "_commit_hash", None) or options.revision
 
 
 def load_checkpoint(family: Family, options: RunOptions, device: torch.device) -> Checkpoint:

@@ -19,9 +19,10 @@ import torch
 
 from ..kernels.backend import resolve_backend
 from ..scoring.identity import file_sha256, files_sha256, visible_files
+from ..scoring.resolve import checkpoint_version
 from ..source_commit import source_commit
 from .compressed import CompressedModel
-from .loading import checkpoint_version
+from .loading import checkpoint_path
 
 PACKAGES = ("sparsemm-lmms", "torch", "triton", "transformers", "lmms-eval")
 WITHOUT_EFFECT = frozenset(
@@ -51,7 +52,9 @@ def environment(model: CompressedModel) -> dict[str, Any]:
         "git_commit": source_commit(),
         "gpu": torch.cuda.get_device_name(weights.device) if cuda else None,
         "kernel_backend": resolve_backend(model.compression.kernel_backend, weights),
-        "checkpoint": checkpoint_version(model.family, model.options, model.model.config),
+        "checkpoint": checkpoint_version(
+            checkpoint_path(model.family, model.options), model.options.revision, model.model.config
+        ),
         "image_size": None if images is None else {k: v for k, v in dict(images.size).items() if v is not None},
     }
 

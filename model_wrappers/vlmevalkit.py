@@ -33,7 +33,7 @@ from .vlmevalkit_names import BASES, listed_names, name_suffix, parse_name, tell
 GENERATIONS = ("greedy", "stock")
 TOLD = ("dtype", "attn_implementation", "compress_before_question", "system_prompt", "head_scores")
 """Options of a run that a name must tell."""
-NOT_TOLD = ("pretrained", "revision", "device", "device_map", "trust_remote_code", "cuda_graph")
+NOT_TOLD = ("pretrained", "revision", "device", "device_map", "trust_remote_code", "cuda_graph", "foreign_head_scores")
 """Those that it need not: the checkpoint is the name's first word, the others do not change answers. All further
 options of `RunOptions` mean nothing here: the host asks one question at a time and its datasets choose the frames."""
 

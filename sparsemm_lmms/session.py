@@ -34,7 +34,9 @@ class CompressionSession:
 
     def __init__(self, model: PreTrainedModel, config: CompressionConfig, head_scores: HeadScores | None) -> None:
         self.model, self.config = model, config
-        self.method = build_method(config, model_shape(model), _score_values(config, head_scores))
+        self.method = build_method(
+            config, model_shape(model), _score_values(config, head_scores, model.config.model_type)
+        )
         self.cache: RaggedCache | None = None
         self._seen: weakref.WeakSet[RaggedCache] = weakref.WeakSet()
         self._signature = inspect.signature(model.forward)
@@ -186,12 +188,18 @@ def model_shape(model: PreTrainedModel) -> Model:
     return Model(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
 
 
-def _score_values(config: CompressionConfig, head_scores: HeadScores | None) -> np.ndarray | None:
+def _score_values(config: CompressionConfig, head_scores: HeadScores | None, model_type: str) -> np.ndarray | None:
     if METHODS[config.method].needs_head_scores:
         if head_scores is None:
             raise ValueError(
                 f"method={config.method!r} needs head_scores: pass HeadScores.load(path); `sparsemm-lmms chase` makes "
                 "such a file."
+            )
+        there = head_scores.provenance.get("model_type")
+        if there not in (None, model_type):
+            raise ValueError(
+                f"head_scores were found on a {there} model, and this is a {model_type} one; make scores for it with "
+                "`sparsemm-lmms chase`, or pass HeadScores(head_scores.values) to use these all the same."
             )
         return head_scores.values
     return None

@@ -21,6 +21,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def resolve_head_scores(
             )
         scores = _checked(HeadScores.load(spec), config, pretrained)
         _check_origin(scores, spec, config, pretrained, revision, foreign)
+        if foreign:  # `compress` looks at the kind of model again
+            scores = replace(scores, provenance={**scores.provenance, "model_type": None})
         return scores
     packaged = os.path.join(pretrained, PACKAGED)
     if os.path.isfile(packaged):

@@ -373,6 +373,12 @@ def test_refusals(loaded):
     wrong = HeadScores.uniform(tiny.LAYERS, 9)
     with pytest.raises(ValueError, match="3 layers x 4 query heads"), compress(model, CompressionConfig(), wrong):
         pass
+    table = HeadScores.random(tiny.LAYERS, tiny.Q_HEADS, seed=7).values
+    theirs = HeadScores(table, provenance={"model_type": "another_vl"})
+    with pytest.raises(ValueError, match="found on a another_vl model"), compress(model, CompressionConfig(), theirs):
+        pass
+    with compress(model, CompressionConfig(), HeadScores(table, provenance={"model_type": model.config.model_type})):
+        pass
     with torch.no_grad(), compress(model, config) as session:
         with pytest.raises(ValueError, match="already under"), compress(model, config):
             pass
