@@ -22,10 +22,10 @@ DIM = 4
 def methods(draw: st.DrawFn) -> tuple[CompressionConfig, Model, np.ndarray | None]:
     kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     model = Model(layers, kv_heads * draw(st.integers(1, 2)), kv_heads)
-    window = draw(st.integers(1, 5))
+    window, base = draw(st.integers(1, 5)), draw(st.integers(1, 10))
     config = CompressionConfig(
         method=draw(st.sampled_from(METHODS)),
-        budget=window + draw(st.integers(1, 12)),
+        budget=window + base,
         window_size=window,
         kernel_size=draw(st.sampled_from([1, 3, 5])),
         pooling=draw(st.sampled_from(["avgpool", "maxpool"])),
@@ -45,13 +45,14 @@ def rows(kept: torch.Tensor, counts: np.ndarray) -> list[list[int]]:
     return [row[:count].tolist() for row, count in zip(kept, counts.tolist(), strict=True)]
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=400, derandomize=True, deadline=None)
 @given(methods(), st.data())
 def test_a_padded_batch_of_prompts(
     made: tuple[CompressionConfig, Model, np.ndarray | None], data: st.DataObject
 ) -> None:
     config, model, table = made
-    lengths = tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)))
+    near = st.sampled_from([config.window_size, config.budget - 1, config.budget, config.budget + 1])
+    lengths = tuple(data.draw(st.lists(st.integers(1, 40) | near, min_size=1, max_size=3)))
     layer = data.draw(st.integers(0, model.num_layers - 1))
     dice = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     columns = max(lengths)
@@ -65,15 +66,16 @@ def test_a_padded_batch_of_prompts(
         assert rows(chosen.index[b] - pad, chosen.counts[b]) == wanted
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=400, derandomize=True, deadline=None)
 @given(methods(), st.data())
 def test_choosing_again_from_what_the_heads_hold(
     made: tuple[CompressionConfig, Model, np.ndarray | None], data: st.DataObject
 ) -> None:
     """Heads hold different numbers of tokens, some hardly more than the window."""
     config, model, table = made
-    held = data.draw(st.lists(st.integers(1, 25), min_size=model.kv_heads, max_size=model.kv_heads))
-    seen = max(held) + data.draw(st.sampled_from([0, 1, 30]))
+    most = config.window_size + data.draw(st.integers(0, 2 * config.base))
+    held = data.draw(st.lists(st.integers(1, most), min_size=model.kv_heads, max_size=model.kv_heads))
+    seen = max(max(held), config.budget + data.draw(st.sampled_from([-1, 0, 1, 3, 30])))
     new = data.draw(st.integers(1, min(held)))
     layer = data.draw(st.integers(0, model.num_layers - 1))
     dice = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
