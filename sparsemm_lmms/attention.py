@@ -85,8 +85,8 @@ def ragged_attention(
         )
     if kwargs.get("sliding_window") is not None:
         raise ValueError("Sliding-window attention layers cannot be compressed; use a model with full attention.")
-    for name, given in kwargs.items():  # decode steps would pass over it and give other logits
-        if given is not None and (name not in HARMLESS or (name == "is_causal" and not given)):
+    for name, x in kwargs.items():  # decode steps would pass over it and give other logits
+        if x is not None and (name not in HARMLESS or (name == "is_causal" and not x)):
             told = "is_causal=False" if name == "is_causal" else name
             raise ValueError(f"{type(module).__name__} uses {told}, which compressed decode steps do not know.")
     if s_aux is None and getattr(module, "sinks", None) is not None:
@@ -100,9 +100,9 @@ def ragged_attention(
         given = {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
         for name in given:
             if not _heeds(stock, prefill, name):
+                mend = "it cannot be compressed" if prefill == "eager" else "load it with attn_implementation='eager'"
                 raise ValueError(
-                    f"{type(module).__name__} uses {name}, which attn_implementation={prefill!r} passes over; load the "
-                    "model with attn_implementation='eager'."
+                    f"{type(module).__name__} uses {name}, which attn_implementation={prefill!r} passes over: {mend}."
                 )
         output = stock(module, query, key, value, attention_mask, scaling=scale, **given, **kwargs)[0]
         layer.fill(*_as_data(query, key, value), scale, layer.step, softcap, sinks)
