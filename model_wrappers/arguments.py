@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import CUDA_GRAPHS, CompressionConfig, parse_value, shown, unknown_name
-from ..methods import METHODS
+from sparsemm_lmms.config import CUDA_GRAPHS, CompressionConfig, parse_value, shown, unknown_name
+from sparsemm_lmms.methods import METHODS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

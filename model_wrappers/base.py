@@ -14,21 +14,21 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from ..methods import METHODS
-from ..session import CompressionSession, compress
-from . import host_requests
-from .arguments import parse_arguments, unused_settings
-from .compressed import CompressedModel
-from .engine import Engine, Prompt
-from .generation import GenerationSettings
-from .host import ends_the_command, install
-from .likelihood import Document, read_document, score
-from .loading import Checkpoint, resolve_device
-from .media import FrameSampling
-from .memory import MemoryGuard
-from .names import class_name
-from .rounds import converse
-from .statistics import CacheTokenCounts, RunStatistics
+from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.model_wrappers import host_requests
+from sparsemm_lmms.model_wrappers.arguments import parse_arguments, unused_settings
+from sparsemm_lmms.model_wrappers.compressed import CompressedModel
+from sparsemm_lmms.model_wrappers.engine import Engine, Prompt
+from sparsemm_lmms.model_wrappers.generation import GenerationSettings
+from sparsemm_lmms.model_wrappers.host import ends_the_command, install
+from sparsemm_lmms.model_wrappers.likelihood import Document, read_document, score
+from sparsemm_lmms.model_wrappers.loading import Checkpoint, resolve_device
+from sparsemm_lmms.model_wrappers.media import FrameSampling
+from sparsemm_lmms.model_wrappers.memory import MemoryGuard
+from sparsemm_lmms.model_wrappers.names import class_name
+from sparsemm_lmms.model_wrappers.rounds import converse
+from sparsemm_lmms.model_wrappers.statistics import CacheTokenCounts, RunStatistics
+from sparsemm_lmms.session import CompressionSession, compress
 
 T = TypeVar("T", bound="CompressedChatModel")
 

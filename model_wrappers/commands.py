@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..cli import tasks_folder
-from ..config import unknown_name
-from ..failures import cause, is_refusal, sentence
-from ..json_files import one_line
-from .names import FAMILIES, METHODS
-from .results import KEY, read_results
+from sparsemm_lmms.cli import tasks_folder
+from sparsemm_lmms.config import unknown_name
+from sparsemm_lmms.failures import cause, is_refusal, sentence
+from sparsemm_lmms.json_files import one_line
+from sparsemm_lmms.model_wrappers.names import FAMILIES, METHODS
+from sparsemm_lmms.model_wrappers.results import KEY, read_results
 
 app = typer.Typer()
 OURS = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
@@ -88,7 +88,7 @@ def repeated(results: Path, recorded: Any, trust: bool) -> dict[str, Any]:
     Raises:
         ValueError: for a record without them or with others' models; and without `trust`, if it names files or code.
     """
-    from .arguments import parse_arguments
+    from sparsemm_lmms.model_wrappers.arguments import parse_arguments
 
     if not recorded:
         raise ValueError(f"{results} was made from Python, not by lmms-eval's command line, so it cannot be repeated.")
@@ -137,7 +137,7 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
     """
     from lmms_eval import __main__ as host
 
-    from .host import Ended, check_output
+    from sparsemm_lmms.model_wrappers.host import Ended, check_output
 
     if not sys.argv[1:] and arguments is None:
         raise ValueError("eval needs lmms-eval's arguments, for example --model llava_next_sparsemm --tasks ocrbench.")

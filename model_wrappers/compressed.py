@@ -7,12 +7,25 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, PreTrainedModel
 
-from ..config import CompressionConfig
-from ..head_scores import HeadScores
-from ..methods import METHODS
-from ..scoring import resolve_head_scores
-from .arguments import Family, RunOptions, known_run_options, known_settings, split_arguments, unused_settings
-from .loading import Checkpoint, check_possible, checkpoint_path, load_checkpoint, read_config
+from sparsemm_lmms.config import CompressionConfig
+from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.model_wrappers.arguments import (
+    Family,
+    RunOptions,
+    known_run_options,
+    known_settings,
+    split_arguments,
+    unused_settings,
+)
+from sparsemm_lmms.model_wrappers.loading import (
+    Checkpoint,
+    check_possible,
+    checkpoint_path,
+    load_checkpoint,
+    read_config,
+)
+from sparsemm_lmms.scoring import resolve_head_scores
 
 FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
 

@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteriaList
 
-from .. import decode
-from ..cache import CACHE_NAME, RaggedCache
-from ..decode_graph import check_mode
-from ..session import CompressionSession
-from .generation import GenerationSettings, StepClock
-from .loading import Checkpoint
-from .media import FrameSampling, read_video
-from .prefill import cut, question_starts, run
+from sparsemm_lmms import decode
+from sparsemm_lmms.cache import CACHE_NAME, RaggedCache
+from sparsemm_lmms.decode_graph import check_mode
+from sparsemm_lmms.model_wrappers.generation import GenerationSettings, StepClock
+from sparsemm_lmms.model_wrappers.loading import Checkpoint
+from sparsemm_lmms.model_wrappers.media import FrameSampling, read_video
+from sparsemm_lmms.model_wrappers.prefill import cut, question_starts, run
+from sparsemm_lmms.session import CompressionSession
 
 Conversation = list[dict[str, Any]]
 """Messages as lmms-eval's tasks make them: `{"role": ..., "content": [{"type": "image", "url": ...}, ...]}`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arguments import Family
+from sparsemm_lmms.model_wrappers.arguments import Family
 
 # lmms-eval's `llava_hf`: no system prompt, 1024 new tokens, answers as they come
 LLAVA_NEXT = Family(

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import parse_value
-from ..step_clock import StepClock as StepClock  # part of what a generation is given
+from sparsemm_lmms.config import parse_value
+from sparsemm_lmms.step_clock import StepClock as StepClock  # part of what a generation is given
 
 
 @dataclass(frozen=True)

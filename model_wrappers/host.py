@@ -36,11 +36,17 @@ from lmms_eval.evaluator_utils import get_task_list
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics
 
-from ..failures import report
-from .names import stock_id
-from .records import command_line, environment, fingerprint, run_name, settings_of_evaluation
-from .results import KEY
-from .statistics import RunStatistics, gather
+from sparsemm_lmms.failures import report
+from sparsemm_lmms.model_wrappers.names import stock_id
+from sparsemm_lmms.model_wrappers.records import (
+    command_line,
+    environment,
+    fingerprint,
+    run_name,
+    settings_of_evaluation,
+)
+from sparsemm_lmms.model_wrappers.results import KEY
+from sparsemm_lmms.model_wrappers.statistics import RunStatistics, gather
 
 
 def install(kind: type) -> None:

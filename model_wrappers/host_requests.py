@@ -18,9 +18,9 @@ from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from loguru import logger
 from PIL import ImageFile
 
-from .engine import Conversation
-from .host import wrap
-from .memory import is_out_of_memory
+from sparsemm_lmms.model_wrappers.engine import Conversation
+from sparsemm_lmms.model_wrappers.host import wrap
+from sparsemm_lmms.model_wrappers.memory import is_out_of_memory
 
 LIKELIHOOD_TASKS = ("loglikelihood", "multiple_choice")
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
-from ..cache import CACHE_NAME
-from ..session import CompressionSession
-from .engine import Answer, Batch, Conversation, Engine, Prompt, kept_tokens, measured
-from .generation import StepClock
-from .prefill import Parts, cut, placeholders, question_starts, run, shared_prefix
+from sparsemm_lmms.cache import CACHE_NAME
+from sparsemm_lmms.model_wrappers.engine import Answer, Batch, Conversation, Engine, Prompt, kept_tokens, measured
+from sparsemm_lmms.model_wrappers.generation import StepClock
+from sparsemm_lmms.model_wrappers.prefill import Parts, cut, placeholders, question_starts, run, shared_prefix
+from sparsemm_lmms.session import CompressionSession
 
 
 @dataclass(frozen=True)

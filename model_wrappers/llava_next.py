@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .base import CompressedChatModel, method_variants
-from .families import LLAVA_NEXT
+from sparsemm_lmms.model_wrappers.base import CompressedChatModel, method_variants
+from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT
 
 
 class LlavaNext(CompressedChatModel):

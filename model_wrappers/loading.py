@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_flash_attn_2_available
 
-from ..config import CompressionConfig
-from .arguments import DEMO, Family, RunOptions
-from .names import FAMILIES
+from sparsemm_lmms.config import CompressionConfig
+from sparsemm_lmms.model_wrappers.arguments import DEMO, Family, RunOptions
+from sparsemm_lmms.model_wrappers.names import FAMILIES
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """The device maps that accelerate finds by itself; others are a device, or a JSON object from modules to devices."""
@@ -142,7 +142,7 @@ def checkpoint_path(family: Family, options: RunOptions) -> str:
     """Folder or repository of the weights; `demo` is the packaged model."""
     if not options.is_demo:
         return options.pretrained
-    from ..demo import model_path
+    from sparsemm_lmms.demo import model_path
 
     return str(model_path(family.name))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .names import FAMILIES, METHODS, class_name
+from sparsemm_lmms.model_wrappers.names import FAMILIES, METHODS, class_name
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from loguru import logger
 
-from ..session import CompressionSession
+from sparsemm_lmms.session import CompressionSession
 
 T = TypeVar("T")
 

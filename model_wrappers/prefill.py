@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import CACHE_NAME, RaggedCache
+from sparsemm_lmms.cache import CACHE_NAME, RaggedCache
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .base import CompressedChatModel, method_variants
-from .families import QWEN2_VL
+from sparsemm_lmms.model_wrappers.base import CompressedChatModel, method_variants
+from sparsemm_lmms.model_wrappers.families import QWEN2_VL
 
 
 class Qwen2VL(CompressedChatModel):

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from ..kernels.backend import resolve_backend
-from ..scoring.identity import file_sha256, files_sha256, visible_files
-from ..scoring.resolve import checkpoint_version
-from ..source_commit import source_commit
-from .compressed import CompressedModel
-from .loading import checkpoint_path
+from sparsemm_lmms.kernels.backend import resolve_backend
+from sparsemm_lmms.model_wrappers.compressed import CompressedModel
+from sparsemm_lmms.model_wrappers.loading import checkpoint_path
+from sparsemm_lmms.scoring.identity import file_sha256, files_sha256, visible_files
+from sparsemm_lmms.scoring.resolve import checkpoint_version
+from sparsemm_lmms.source_commit import source_commit
 
 PACKAGES = ("sparsemm-lmms", "torch", "triton", "transformers", "lmms-eval")
 WITHOUT_EFFECT = frozenset(

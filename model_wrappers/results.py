@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..json_files import checked, read_json
+from sparsemm_lmms.json_files import checked, read_json
 
 KEY = "sparsemm_lmms"
 """Where the record stands in a results file and, shortened, in each line of a sample log."""

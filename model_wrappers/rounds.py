@@ -7,12 +7,20 @@ from typing import Any
 
 from transformers import BatchFeature
 
-from ..cache import RaggedCache
-from ..session import CompressionSession
-from .engine import Batch, Conversation, Engine, Prompt
-from .generation import GenerationSettings, StepClock
-from .media import read_video
-from .prefill import Parts, newest_vision, placeholders, question_starts, run, shared_prefix, token_positions
+from sparsemm_lmms.cache import RaggedCache
+from sparsemm_lmms.model_wrappers.engine import Batch, Conversation, Engine, Prompt
+from sparsemm_lmms.model_wrappers.generation import GenerationSettings, StepClock
+from sparsemm_lmms.model_wrappers.media import read_video
+from sparsemm_lmms.model_wrappers.prefill import (
+    Parts,
+    newest_vision,
+    placeholders,
+    question_starts,
+    run,
+    shared_prefix,
+    token_positions,
+)
+from sparsemm_lmms.session import CompressionSession
 
 
 class Dialogue:

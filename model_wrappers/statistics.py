@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lmms_eval.api.instance import TokenCounts
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
-from .engine import Answer, Batch
+from sparsemm_lmms.model_wrappers.engine import Answer, Batch
 
 T = TypeVar("T")
 

@@ -19,16 +19,16 @@ from typing import Any, ClassVar
 from loguru import logger
 from PIL import Image
 
-from ..config import CompressionConfig, parse_value, unknown_name
-from ..methods import METHODS
-from ..session import compress
-from .arguments import DEMO, RunOptions, split_arguments
-from .compressed import CompressedModel
-from .engine import Batch, Engine, Prompt
-from .families import LLAVA_NEXT, QWEN2_VL
-from .generation import GenerationSettings
-from .loading import resolve_device
-from .vlmevalkit_names import BASES, listed_names, name_suffix, parse_name, telling_settings
+from sparsemm_lmms.config import CompressionConfig, parse_value, unknown_name
+from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.model_wrappers.arguments import DEMO, RunOptions, split_arguments
+from sparsemm_lmms.model_wrappers.compressed import CompressedModel
+from sparsemm_lmms.model_wrappers.engine import Batch, Engine, Prompt
+from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
+from sparsemm_lmms.model_wrappers.generation import GenerationSettings
+from sparsemm_lmms.model_wrappers.loading import resolve_device
+from sparsemm_lmms.model_wrappers.vlmevalkit_names import BASES, listed_names, name_suffix, parse_name, telling_settings
+from sparsemm_lmms.session import compress
 
 GENERATIONS = ("greedy", "stock")
 TOLD = ("dtype", "attn_implementation", "compress_before_question", "system_prompt", "head_scores")

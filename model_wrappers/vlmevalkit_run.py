@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .vlmevalkit_names import BASES, hash_scores, is_ours, parse_name
+from sparsemm_lmms.model_wrappers.vlmevalkit_names import BASES, hash_scores, is_ours, parse_name
 
 INSTALL = (
     "VLMEvalKit is not installed here; in an environment of its own (its requirements clash with lmms-eval's) run "
@@ -117,7 +117,7 @@ def add_models(names: list[str], config: Path | None, score_files: Mapping[str, 
     """Register these names and those of the `--config` file in the host, whose own names may be among them."""
     from vlmeval.config import supported_VLM
 
-    from .vlmevalkit import register
+    from sparsemm_lmms.model_wrappers.vlmevalkit import register
 
     names = names + (check_config(config) if config else [])
     register([name for name in names if is_ours(name) and name not in supported_VLM], score_files)
@@ -139,7 +139,7 @@ def check_config(path: Path) -> list[str]:
     """
     from vlmeval.smp import load
 
-    from .vlmevalkit import ADAPTERS, model_class
+    from sparsemm_lmms.model_wrappers.vlmevalkit import ADAPTERS, model_class
 
     if not path.is_file():
         raise FileNotFoundError(f"--config {path} does not exist.")

@@ -10,17 +10,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._source_tree import map_folders
-from ._version import __version__
+from sparsemm_lmms._source_tree import map_folders
+from sparsemm_lmms._version import __version__
 
 map_folders()
 
 if TYPE_CHECKING:
-    from .cache import RaggedCache
-    from .config import CompressionConfig
-    from .head_scores import HeadScores
-    from .selection import head_budgets, kept_positions
-    from .session import CompressionSession, compress
+    from sparsemm_lmms.cache import RaggedCache
+    from sparsemm_lmms.config import CompressionConfig
+    from sparsemm_lmms.head_scores import HeadScores
+    from sparsemm_lmms.selection import head_budgets, kept_positions
+    from sparsemm_lmms.session import CompressionSession, compress
 
 _HOMES = {
     "CompressionConfig": "config",

@@ -1,6 +1,6 @@
 """`python -m sparsemm_lmms`: the command line, as `accelerate launch -m sparsemm_lmms eval ...` needs it."""
 
-from .cli import main
+from sparsemm_lmms.cli import main
 
 if __name__ == "__main__":
     main()

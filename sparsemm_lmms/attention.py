@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs
 
-from .cache import _handoff
+from sparsemm_lmms.cache import _handoff
 
 PREFIX = "ragged_kv_"
 # What attention modules are handed or hand on without it bearing on the attention of a decoder.

@@ -14,9 +14,9 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .kernels import append, evict, ragged_decode, store_places
-from .methods import Method
-from .selection import reselect, select
+from sparsemm_lmms.kernels import append, evict, ragged_decode, store_places
+from sparsemm_lmms.methods import Method
+from sparsemm_lmms.selection import reselect, select
 
 OLD_CACHE_NAME = "past_key_values"  # of a model's argument and output until transformers 5.23, an alias since
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else OLD_CACHE_NAME

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ._version import __version__
-from .failures import report
+from sparsemm_lmms._version import __version__
+from sparsemm_lmms.failures import report
 
 ELSEWHERE = {
     "bench": "bench.commands",

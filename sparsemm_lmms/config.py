@@ -66,7 +66,7 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, parse_value(field.name, getattr(self, field.name), str(field.type)))
-        from .methods import METHODS
+        from sparsemm_lmms.methods import METHODS
 
         _one_of("method", self.method, tuple(METHODS))
         _one_of("pooling", self.pooling, POOLINGS)

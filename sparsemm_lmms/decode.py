@@ -19,9 +19,9 @@ from transformers.generation import logits_process as processors
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.utils import ModelOutput
 
-from .attention import PREFIX
-from .cache import CACHE_NAME, RaggedCache
-from .decode_graph import CudaGraph, Graph, Replay, check_mode, say_once, uncapturable
+from sparsemm_lmms.attention import PREFIX
+from sparsemm_lmms.cache import CACHE_NAME, RaggedCache
+from sparsemm_lmms.decode_graph import CudaGraph, Graph, Replay, check_mode, say_once, uncapturable
 
 CHECK_EVERY = 8  # steps between two looks at "all ended" on CUDA; up to 15 steps too many are taken back
 STATIC_PROCESSORS = (  # functions of the scores alone, in device code alone: they may be part of the graph

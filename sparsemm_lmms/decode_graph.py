@@ -15,9 +15,9 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import RaggedCache
-from .config import CUDA_GRAPHS
-from .kernels import resolve_backend
+from sparsemm_lmms.cache import RaggedCache
+from sparsemm_lmms.config import CUDA_GRAPHS
+from sparsemm_lmms.kernels import resolve_backend
 
 
 def check_mode(cuda_graph: str, device: torch.device) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .budgets import sparsemm_capacities, visual_shares
-from .config import CompressionConfig
-from .kernels import window_score
-from .methods import METHODS, LayerPrompt, Method, Model
+from sparsemm_lmms.budgets import sparsemm_capacities, visual_shares
+from sparsemm_lmms.config import CompressionConfig
+from sparsemm_lmms.kernels import window_score
+from sparsemm_lmms.methods import METHODS, LayerPrompt, Method, Model
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from . import decode
-from .attention import PREFIX, register
-from .cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache
-from .config import CompressionConfig
-from .head_scores import HeadScores
-from .methods import METHODS, Model
-from .selection import build_method
+from sparsemm_lmms import decode
+from sparsemm_lmms.attention import PREFIX, register
+from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache
+from sparsemm_lmms.config import CompressionConfig
+from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms.methods import METHODS, Model
+from sparsemm_lmms.selection import build_method
 
 
 class CompressionSession:

@@ -1,9 +1,9 @@
 """Kernels of the ragged KV cache: window scores, eviction, append, decode; each in triton and in plain torch."""
 
-from .append import append
-from .backend import resolve_backend
-from .evict import evict
-from .ragged_decode import ragged_decode, store_places
-from .window_score import window_score
+from sparsemm_lmms.kernels.append import append
+from sparsemm_lmms.kernels.backend import resolve_backend
+from sparsemm_lmms.kernels.evict import evict
+from sparsemm_lmms.kernels.ragged_decode import ragged_decode, store_places
+from sparsemm_lmms.kernels.window_score import window_score
 
 __all__ = ["append", "evict", "ragged_decode", "resolve_backend", "store_places", "window_score"]

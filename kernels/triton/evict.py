@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend import (
+from sparsemm_lmms.kernels.backend import (
     bits,
     block_head_dim,
     check_device,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backend import (
+from sparsemm_lmms.kernels.backend import (
     block_head_dim,
     check_device,
     check_int32,
@@ -21,7 +21,7 @@ from .backend import (
     on_device_of,
     resolve_backend,
 )
-from .ragged_decode_kernels import _decode_kernel, _merge_kernel
+from sparsemm_lmms.kernels.ragged_decode_kernels import _decode_kernel, _merge_kernel
 
 LOG2E = 1.4426950408889634
 PROGRAMS_PER_SM = 2  # 96 KiB of pipelined tiles each: two fill the shared memory of an H100

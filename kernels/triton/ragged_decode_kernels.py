@@ -13,7 +13,7 @@ one log-sum-exp. `softcap` and `sinks` that are None are no part of the compiled
 
 from __future__ import annotations
 
-from .backend import capped, jit, tl
+from sparsemm_lmms.kernels.backend import capped, jit, tl
 
 
 @jit()

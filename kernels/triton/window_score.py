@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .backend import (
+from sparsemm_lmms.kernels.backend import (
     block_head_dim,
     capped,
     check_device,

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ...head_scores import write_atomically
-from ...json_files import checked, read_bytes, read_json
-from ..results import KEY, read_results
-from .markdown import code, item, plain
-from .statistics import METHOD_ORDER
-from .store import COMPACT, CellRecord, cell_folder, read_cells, write_text
+from sparsemm_lmms.head_scores import write_atomically
+from sparsemm_lmms.json_files import checked, read_bytes, read_json
+from sparsemm_lmms.model_wrappers.results import KEY, read_results
+from sparsemm_lmms.model_wrappers.sweeps.markdown import code, item, plain
+from sparsemm_lmms.model_wrappers.sweeps.statistics import METHOD_ORDER
+from sparsemm_lmms.model_wrappers.sweeps.store import COMPACT, CellRecord, cell_folder, read_cells, write_text
 
 app = typer.Typer()
 MEND = "restore the file, or run again"

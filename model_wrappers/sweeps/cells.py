@@ -12,12 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config import unknown_name
-from ...head_scores import HeadScores
-from ...methods import METHODS
-from ...scoring.resolve import WORDS
-from ..arguments import DEMO, Family, RunOptions, known_run_options, known_settings, split_arguments
-from ..families import LLAVA_NEXT, QWEN2_VL
+from sparsemm_lmms.config import unknown_name
+from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.model_wrappers.arguments import (
+    DEMO,
+    Family,
+    RunOptions,
+    known_run_options,
+    known_settings,
+    split_arguments,
+)
+from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
+from sparsemm_lmms.scoring.resolve import WORDS
 
 FAMILIES = {family.name: family for family in (LLAVA_NEXT, QWEN2_VL)}
 CONTROLS = ("permuted", "layer_mean", "uniform")

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from .runner import Plan
+    from sparsemm_lmms.model_wrappers.sweeps.runner import Plan
 
 app = typer.Typer()
 DEMO_METHODS = "sparsemm,snapkv,pyramidkv,adakv,local_window,random,permuted,layer_mean"
@@ -53,7 +53,7 @@ def sweep(
     if figures and not figures_only:
         raise ValueError(f"--figures {figures} goes with --figures-only: a sweep draws all that its cells allow.")
     if not figures_only:
-        from .plan import make_plan
+        from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan
 
         plan = make_plan(
             families=model,
@@ -87,7 +87,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder of the tables and figures.")] = Path("sparsemm_demo"),
 ) -> None:
     """A sweep on the packaged demo models: a table and plots, on the CPU, in about two minutes."""
-    from .plan import make_plan
+    from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan
 
     families = ",".join(name.value for name in DemoFamily if name is not DemoFamily.all and family in (name, "all"))
     plan = make_plan(
@@ -109,9 +109,9 @@ def run_plan(plan: Plan, output: Path) -> None:
         SystemExit: when cells failed.
         OSError: when the disk is full.
     """
-    from .plan import open_sweep
-    from .progress import Display, quiet_host
-    from .runner import DISK_FULL, complete, run
+    from sparsemm_lmms.model_wrappers.sweeps.plan import open_sweep
+    from sparsemm_lmms.model_wrappers.sweeps.progress import Display, quiet_host
+    from sparsemm_lmms.model_wrappers.sweeps.runner import DISK_FULL, complete, run
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sweep is no job for `accelerate launch`: start the same command once for each GPU instead.")
@@ -138,8 +138,8 @@ def run_plan(plan: Plan, output: Path) -> None:
 
 def report(output: Path, figures: str = "") -> None:
     """Tables and figures from the records of a sweep, and the table on the screen."""
-    from .cells import words
-    from .report import write_report
+    from sparsemm_lmms.model_wrappers.sweeps.cells import words
+    from sparsemm_lmms.model_wrappers.sweeps.report import write_report
 
     found = write_report(output, words(figures))
     Console().print(found.table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-from ...json_files import one_line
+from sparsemm_lmms.json_files import one_line
 
 MARKS = re.compile(r"[`*~$|]|\\(?=[!-/:-@\[-`{-~])|\](?=[(:\[])|^[#+=-](?![\d.])")
 """Where Markdown would not show the letters of a text: marks, columns of tables, escapes, links, blocks."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
-from .statistics import Block
+from sparsemm_lmms.model_wrappers.sweeps.statistics import Block
 
 MODELS = {
     "llava-v1.6-vicuna-7b": "LLaVA-NeXT-Vicuna-7B",

@@ -11,11 +11,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ...json_files import one_line
-from ..arguments import parse_arguments
-from ..loading import read_config
-from ..records import command_line, versions
-from .cells import (
+from sparsemm_lmms.json_files import one_line
+from sparsemm_lmms.model_wrappers.arguments import parse_arguments
+from sparsemm_lmms.model_wrappers.loading import read_config
+from sparsemm_lmms.model_wrappers.records import command_line, versions
+from sparsemm_lmms.model_wrappers.sweeps.cells import (
     BUDGETS,
     DEFAULT_METHODS,
     DEMO_BUDGETS,
@@ -30,7 +30,7 @@ from .cells import (
     parse_methods,
     words,
 )
-from .store import read_cells, read_plan, write_text
+from sparsemm_lmms.model_wrappers.sweeps.store import read_cells, read_plan, write_text
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...config import unknown_name
-from .paper import published
-from .statistics import CONTROLS, Block, Row
-from .tables import budgets, draws_text
+from sparsemm_lmms.config import unknown_name
+from sparsemm_lmms.model_wrappers.sweeps.paper import published
+from sparsemm_lmms.model_wrappers.sweeps.statistics import CONTROLS, Block, Row
+from sparsemm_lmms.model_wrappers.sweeps.tables import budgets, draws_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .cells import Cell, SweptModel
-from .store import CellRecord
+from sparsemm_lmms.model_wrappers.sweeps.cells import Cell, SweptModel
+from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord
 
 
 class Display:

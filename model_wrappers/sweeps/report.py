@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...json_files import one_line
-from . import plots, tables
-from .markdown import item
-from .statistics import Block, blocks
-from .store import CellRecord, read_cells, read_plan, write_compact, write_text
+from sparsemm_lmms.json_files import one_line
+from sparsemm_lmms.model_wrappers.sweeps import plots, tables
+from sparsemm_lmms.model_wrappers.sweeps.markdown import item
+from sparsemm_lmms.model_wrappers.sweeps.statistics import Block, blocks
+from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord, read_cells, read_plan, write_compact, write_text
 
 if TYPE_CHECKING:
     from rich.console import Group

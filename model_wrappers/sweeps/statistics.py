@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .store import CellRecord
+from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord
 
 RESAMPLES, FEWEST_RESAMPLES, LEVEL = 10_000, 1_000, 0.95
 METHOD_ORDER = (

@@ -17,8 +17,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from ...head_scores import write_atomically
-from ...json_files import LARGEST, checked, parse_json, quoted, read_bytes, read_json, read_text
+from sparsemm_lmms.head_scores import write_atomically
+from sparsemm_lmms.json_files import LARGEST, checked, parse_json, quoted, read_bytes, read_json, read_text
 
 T = TypeVar("T")
 COMPACT = "cells.jsonl.xz"

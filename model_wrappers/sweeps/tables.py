@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from .markdown import plain
-from .paper import TASKS, published
-from .statistics import CONTROLS, Block, Interval, Row
+from sparsemm_lmms.model_wrappers.sweeps.markdown import plain
+from sparsemm_lmms.model_wrappers.sweeps.paper import TASKS, published
+from sparsemm_lmms.model_wrappers.sweeps.statistics import CONTROLS, Block, Interval, Row
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsemm_lmms.bench.measure import Spread, circumstances, in_turn, pick_device, write_row
 from sparsemm_lmms.cache import DEFAULT_ROOM, RaggedLayer, Step
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.methods import Model
 from sparsemm_lmms.selection import build_method
-
-from .measure import Spread, circumstances, in_turn, pick_device, write_row
 
 LAYERS, LAYER = 32, 12  # of the model whose budget is shared out, and the layer that is compressed
 

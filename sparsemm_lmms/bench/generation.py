@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .measure import (
+from sparsemm_lmms.bench.measure import (
     Spread,
     circumstances,
     copy_bandwidth,
@@ -19,9 +19,9 @@ from .measure import (
     streamed_bytes,
     write_row,
 )
-from .presets import build, find, prompt
-from .report import print_table, save_plot
-from .runs import Run, Variant, compression_seconds, generate, prefill_peak
+from sparsemm_lmms.bench.presets import build, find, prompt
+from sparsemm_lmms.bench.report import print_table, save_plot
+from sparsemm_lmms.bench.runs import Run, Variant, compression_seconds, generate, prefill_peak
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsemm_lmms.bench.measure import Spread, circumstances, copy_bandwidth, milliseconds, pick_device, write_row
 from sparsemm_lmms.kernels import append, evict, ragged_decode, window_score
-
-from .measure import Spread, circumstances, copy_bandwidth, milliseconds, pick_device, write_row
 
 GRAPH_CALLS = 10  # calls that one captured graph holds
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .measure import circumstances, pick_device, write_row
-from .presets import build, find, prompt
-from .runs import Variant, generate
+from sparsemm_lmms.bench.measure import circumstances, pick_device, write_row
+from sparsemm_lmms.bench.presets import build, find, prompt
+from sparsemm_lmms.bench.runs import Variant, generate
 
 WARM = 5  # prompts after which nothing may grow
 SLACK = 32 * 2**20  # bytes that the process may grow on a CPU: allocators keep freed pages in varying shapes

@@ -47,7 +47,7 @@ def decode(
     output: Output = None,
 ) -> None:
     """Time of a decode step, memory of the cache, and the limit that memory bandwidth sets."""
-    from .generation import measure
+    from sparsemm_lmms.bench.generation import measure
 
     measure(
         "decode", preset, numbers("context", context), numbers("batch", batch), budget, _names(methods), new_tokens,
@@ -67,7 +67,7 @@ def prefill(
     output: Output = None,
 ) -> None:
     """Time to the first token, the part of it that compression takes, and the peak of memory."""
-    from .generation import measure
+    from sparsemm_lmms.bench.generation import measure
 
     measure(
         "prefill", preset, numbers("context", context), numbers("batch", batch), budget, _names(methods), 1, repeats,
@@ -81,7 +81,7 @@ def kernels(
     output: Output = None,
 ) -> None:
     """What each kernel reaches of the copy bandwidth; on a GPU also in a graph and beside varlen_attn."""
-    from .kernels import measure
+    from sparsemm_lmms.bench.kernels import measure
 
     measure(device, repeats, output)
 
@@ -97,7 +97,7 @@ def compression(
     output: Output = None,
 ) -> None:
     """One layer's compression beside the way of the published research code, in one run."""
-    from .compression import measure
+    from sparsemm_lmms.bench.compression import measure
 
     measure(heads, context, head_dim, budget, repeats, device, _dtype(dtype), output)
 
@@ -112,7 +112,7 @@ def memory(
     output: Output = None,
 ) -> None:
     """Many prompts in a row: what is alive after the last must be what was alive after the fifth."""
-    from .memory import measure
+    from sparsemm_lmms.bench.memory import measure
 
     if not measure(preset, prompts, method, budget, device, _dtype(dtype), output):
         raise typer.Exit(1)

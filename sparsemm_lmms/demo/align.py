@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .architecture import TILE
-from .glyphs import CELL
-from .packing import NEWLINE, OVERVIEW, image_items
-from .pages import FORMS, GRIDS, SYMBOLS, sample_page
-from .render import render
+from sparsemm_lmms.demo.architecture import TILE
+from sparsemm_lmms.demo.glyphs import CELL
+from sparsemm_lmms.demo.packing import NEWLINE, OVERVIEW, image_items
+from sparsemm_lmms.demo.pages import FORMS, GRIDS, SYMBOLS, sample_page
+from sparsemm_lmms.demo.render import render
 
 BLANKS = (0.2, 1.0)  # share of blank cells of a tile: pages have full, sparse and empty tiles
 

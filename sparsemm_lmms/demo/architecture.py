@@ -15,8 +15,8 @@ from transformers import (
 from transformers.models.llava_next import LlavaNextImageProcessor
 from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-from .glyphs import CELL
-from .vocabulary import build_tokenizer
+from sparsemm_lmms.demo.glyphs import CELL
+from sparsemm_lmms.demo.vocabulary import build_tokenizer
 
 TILE = 8  # cells a side of one any-resolution tile of LLaVA-NeXT
 PINPOINTS = [[336, 336], [224, 336], [336, 224]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .data import Sample, sample
+from sparsemm_lmms.demo.data import Sample, sample
 
 SEED = 2026
 TASKS = {"ocr": ("all", "line"), "vqa": ("line", "column")}  # question kinds take turns

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .glyphs import CELL
-from .pages import FORMS, GRIDS, Page, sample_page
-from .questions import KINDS, KINDS_OF_FORM, ask
-from .render import render
+from sparsemm_lmms.demo.glyphs import CELL
+from sparsemm_lmms.demo.pages import FORMS, GRIDS, Page, sample_page
+from sparsemm_lmms.demo.questions import KINDS, KINDS_OF_FORM, ask
+from sparsemm_lmms.demo.render import render
 
 # Every random stream is seeded by (seed, split, index): splits never share a stream.
 SPLITS = {"train": 0, "heldout": 1, "ocr_task": 2, "vqa_task": 3, "calibration": 4}

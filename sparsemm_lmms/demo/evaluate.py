@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from . import FAMILIES, model_path
-from .data import Sample, samples
-from .metrics import character_accuracy
-from .pages import GRIDS
-from .questions import KINDS
+from sparsemm_lmms.demo import FAMILIES, model_path
+from sparsemm_lmms.demo.data import Sample, samples
+from sparsemm_lmms.demo.metrics import character_accuracy
+from sparsemm_lmms.demo.pages import GRIDS
+from sparsemm_lmms.demo.questions import KINDS
 
 LONGEST = 96  # new tokens; the longest answer has 70 characters
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from .packing import Layout
+from sparsemm_lmms.demo.packing import Layout
 
 ATTENTION = "sparsemm_demo_packed"
 

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .pages import SYMBOLS
+from sparsemm_lmms.demo.pages import SYMBOLS
 
 CELL = 14  # pixels a side: one high-resolution patch of LLaVA-NeXT, one merged token of Qwen2-VL
 FONTS = (

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .architecture import SYSTEM, TILE
-from .pages import Page
+from sparsemm_lmms.demo.architecture import SYSTEM, TILE
+from sparsemm_lmms.demo.pages import Page
 
 NEWLINE, OVERVIEW = -1, -2  # image items that are no cell (LLaVA-NeXT)
 IGNORE = -100

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .pages import CODE, Page
+from sparsemm_lmms.demo.pages import CODE, Page
 
 TEMPLATES = {
     "all": ("Provide all the OCR results of this image.", "Transcribe the whole image."),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .glyphs import CELL, atlas
+from sparsemm_lmms.demo.glyphs import CELL, atlas
 
 LEVELS = 16
 

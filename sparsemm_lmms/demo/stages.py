@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .align import align_loss, blacken, overviews, random_tiles, symbolic_features
-from .data import stream
-from .forward import embed, image_features, logits
-from .packing import Packed, Packer, collate
-from .pages import FORMS, GRIDS, Page, sample_page
-from .questions import TEXT_KINDS, TRAINED_KIND, ask, text_exercise
-from .render import render
+from sparsemm_lmms.demo.align import align_loss, blacken, overviews, random_tiles, symbolic_features
+from sparsemm_lmms.demo.data import stream
+from sparsemm_lmms.demo.forward import embed, image_features, logits
+from sparsemm_lmms.demo.packing import Packed, Packer, collate
+from sparsemm_lmms.demo.pages import FORMS, GRIDS, Page, sample_page
+from sparsemm_lmms.demo.questions import TEXT_KINDS, TRAINED_KIND, ask, text_exercise
+from sparsemm_lmms.demo.render import render
 
 
 @dataclass(frozen=True)

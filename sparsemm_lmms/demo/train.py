@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from . import FAMILIES
-from .architecture import build_model, build_processor
-from .forward import ATTENTION
-from .muon import Muon
-from .packing import Packer
-from .stages import EVEN, FOCUS, Scores, generators, reading_loss, vision_loss
+from sparsemm_lmms.demo import FAMILIES
+from sparsemm_lmms.demo.architecture import build_model, build_processor
+from sparsemm_lmms.demo.forward import ATTENTION
+from sparsemm_lmms.demo.muon import Muon
+from sparsemm_lmms.demo.packing import Packer
+from sparsemm_lmms.demo.stages import EVEN, FOCUS, Scores, generators, reading_loss, vision_loss
 
 STAGES = ("text", "focus", "vision", "joint")
 

@@ -6,8 +6,8 @@ import string
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .pages import SYMBOLS
-from .questions import TEMPLATES, TEXT_TEMPLATES
+from sparsemm_lmms.demo.pages import SYMBOLS
+from sparsemm_lmms.demo.questions import TEMPLATES, TEXT_TEMPLATES
 
 SPECIALS = {
     "llava_next": ["<unk>", "<s>", "</s>", "<pad>", "<image>"],

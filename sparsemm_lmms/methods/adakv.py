@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..budgets import spend_exactly
-from .base import LayerPrompt, Method
+from sparsemm_lmms.budgets import spend_exactly
+from sparsemm_lmms.methods.base import LayerPrompt, Method
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from ..budgets import sparsemm_capacities, spend_exactly, visual_shares
-from ..config import CompressionConfig
+from sparsemm_lmms.budgets import sparsemm_capacities, spend_exactly, visual_shares
+from sparsemm_lmms.config import CompressionConfig
 
 
 @dataclass(frozen=True)

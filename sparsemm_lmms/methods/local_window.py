@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import LayerPrompt, Method
+from sparsemm_lmms.methods.base import LayerPrompt, Method
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .fullkv import FullKV
+from sparsemm_lmms.methods.fullkv import FullKV
 
 
 def best_heads(head_scores: np.ndarray, ratio: float) -> np.ndarray:

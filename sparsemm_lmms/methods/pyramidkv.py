@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budgets import pyramid_capacities_exact, pyramid_capacity
-from .base import LayerPrompt, Method
+from sparsemm_lmms.budgets import pyramid_capacities_exact, pyramid_capacity
+from sparsemm_lmms.methods.base import LayerPrompt, Method
 
 
 @dataclass(frozen=True)

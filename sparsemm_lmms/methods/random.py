@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..head_scores import HeadScores
-from .base import VisualShares
+from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms.methods.base import VisualShares
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import VisualShares
+from sparsemm_lmms.methods.base import VisualShares
 
 
 @dataclass(frozen=True)

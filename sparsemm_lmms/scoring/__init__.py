@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chase import ChaseSettings, score_heads
-    from .render import GeneratedPages
-    from .resolve import resolve_head_scores
-    from .samples import Box, CalibrationSample, Skipped, Span
-    from .sources import FolderPages, SynthDogPages
-    from .token_grid import grid_for
+    from sparsemm_lmms.scoring.chase import ChaseSettings, score_heads
+    from sparsemm_lmms.scoring.render import GeneratedPages
+    from sparsemm_lmms.scoring.resolve import resolve_head_scores
+    from sparsemm_lmms.scoring.samples import Box, CalibrationSample, Skipped, Span
+    from sparsemm_lmms.scoring.sources import FolderPages, SynthDogPages
+    from sparsemm_lmms.scoring.token_grid import grid_for
 
 _HOME = {
     "Box": "samples",
