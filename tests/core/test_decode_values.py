@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import LogitsProcessor
 
 from sparsemm_lmms import CompressionConfig, compress
@@ -116,3 +116,21 @@ def test_the_end_that_is_found_late_is_taken_back(model: LlamaForCausalLM) -> No
             assert made[:, 12:].tolist() == wanted and 1 < min(cut)
             assert [layer.length.tolist() for layer in cache.layers] == [[[6 + width - 1]] * 2] * 2
             assert cache.get_seq_length() == 12 + width - 1
+
+
+class EndsOnce(StoppingCriteria):
+    """Row b ends at its step 3 + 2 b, and the criterion forgets it at the next."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids.shape[1] - IDS.shape[1] == 3 + 2 * torch.arange(len(input_ids))
+
+
+def test_a_row_that_ended_stays_ended(model: LlamaForCausalLM) -> None:
+    with compress(model, CompressionConfig(method="snapkv", budget=6, window_size=2)) as session:
+        common = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": 40, "pad_token_id": 0}
+        free = session.generate(IDS, **common)[:, 12:].tolist()
+        made = [
+            generate(IDS, **common, stopping_criteria=StoppingCriteriaList([EndsOnce()]))[:, 12:].tolist()
+            for generate in (model.generate, session.generate)
+        ]
+    assert made == [[free[0][:3] + [0, 0], free[1][:5]]] * 2
