@@ -25,7 +25,7 @@ from sparsemm_lmms.model_wrappers.loading import (
     load_checkpoint,
     read_config,
 )
-from sparsemm_lmms.scoring import resolve_head_scores
+from sparsemm_lmms.visual_heads import resolve_head_scores
 
 FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparsemm_lmms.model_wrappers.base import CompressedChatModel, method_variants
 from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT
+from sparsemm_lmms.model_wrappers.lmms_eval.model import CompressedChatModel, method_variants
 
 
 class LlavaNext(CompressedChatModel):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparsemm_lmms.model_wrappers.base import CompressedChatModel, method_variants
 from sparsemm_lmms.model_wrappers.families import QWEN2_VL
+from sparsemm_lmms.model_wrappers.lmms_eval.model import CompressedChatModel, method_variants
 
 
 class Qwen2VL(CompressedChatModel):

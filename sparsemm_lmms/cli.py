@@ -19,16 +19,16 @@ from sparsemm_lmms.failures import report
 
 ELSEWHERE = {
     "bench": "bench.commands",
-    "chase": "scoring.commands",
-    "heads": "scoring.commands",
-    "budgets": "scoring.commands",
-    "show": "scoring.commands",
-    "eval": "model_wrappers.commands",
-    "rerun": "model_wrappers.commands",
-    "card": "model_wrappers.sweeps.card",
+    "chase": "visual_heads.commands",
+    "heads": "visual_heads.commands",
+    "budgets": "visual_heads.commands",
+    "show": "visual_heads.commands",
+    "eval": "model_wrappers.lmms_eval.commands",
+    "rerun": "model_wrappers.lmms_eval.commands",
+    "card": "reports.card",
     "demo": "model_wrappers.sweeps.commands",
     "sweep": "model_wrappers.sweeps.commands",
-    "vlmeval": "model_wrappers.vlmevalkit_run",
+    "vlmeval": "model_wrappers.vlmevalkit.run",
 }
 """Commands by the module whose Typer `app` holds them. It is imported when the command is asked for."""
 

@@ -243,7 +243,7 @@ def _image_facts(columns: list[list[float]]) -> dict[str, Any]:
     images = len(columns[0])
     if images < 4 or any(len(column) != images for column in columns):
         return {}
-    from sparsemm_lmms.scoring.statistics import per_image_facts
+    from sparsemm_lmms.visual_heads.statistics import per_image_facts
 
     return {"images": images, **per_image_facts(np.array(columns).T)}
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import sparsemm_lmms
 from sparsemm_lmms.cli import app
-from sparsemm_lmms.model_wrappers.sweeps.store import read_cells
+from sparsemm_lmms.reports.store import read_cells
 
 START = "import sys; from sparsemm_lmms.cli import main; sys.argv[0] = 'sparsemm-lmms'; "
 

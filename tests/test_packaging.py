@@ -19,7 +19,9 @@ def run(code: str, **kwargs) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["sparsemm_lmms", "sparsemm_lmms.demo", "sparsemm_lmms.model_wrappers.manifest"])
+@pytest.mark.parametrize(
+    "module", ["sparsemm_lmms", "sparsemm_lmms.demo", "sparsemm_lmms.model_wrappers.lmms_eval.manifest"]
+)
 def test_light_imports(module):
     loaded = run(f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])")
     assert loaded.strip() == "[]"
@@ -27,7 +29,7 @@ def test_light_imports(module):
 
 def test_entry_point_is_what_the_host_loads():
     entries = [e for e in importlib.metadata.entry_points(group="lmms_eval.models") if e.name == "sparsemm_lmms"]
-    assert [entry.value for entry in entries] == ["sparsemm_lmms.model_wrappers.manifest:manifests"]
+    assert [entry.value for entry in entries] == ["sparsemm_lmms.model_wrappers.lmms_eval.manifest:manifests"]
 
 
 def test_our_kernels_folder_never_shadows_the_kernels_package(tmp_path):
@@ -68,7 +70,8 @@ def test_a_clone_on_the_path_finds_its_own_folders():
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r});"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
-        "import sparsemm_lmms.kernels as k, sparsemm_lmms.model_wrappers.manifest, sparsemm_lmms.task_overrides as t;"
+        "import sparsemm_lmms.kernels as k, sparsemm_lmms.task_overrides as t;"
+        "import sparsemm_lmms.model_wrappers.lmms_eval.manifest;"
         "print(k.__file__, t.__file__)"
     )
     found = run(code, cwd=ROOT).split()

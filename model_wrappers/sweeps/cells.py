@@ -24,7 +24,7 @@ from sparsemm_lmms.model_wrappers.arguments import (
     split_arguments,
 )
 from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
-from sparsemm_lmms.scoring.resolve import WORDS
+from sparsemm_lmms.visual_heads.resolve import WORDS
 
 FAMILIES = {family.name: family for family in (LLAVA_NEXT, QWEN2_VL)}
 CONTROLS = ("permuted", "layer_mean", "uniform")

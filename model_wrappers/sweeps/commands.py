@@ -139,7 +139,7 @@ def run_plan(plan: Plan, output: Path) -> None:
 def report(output: Path, figures: str = "") -> None:
     """Tables and figures from the records of a sweep, and the table on the screen."""
     from sparsemm_lmms.model_wrappers.sweeps.cells import words
-    from sparsemm_lmms.model_wrappers.sweeps.report import write_report
+    from sparsemm_lmms.reports.report import write_report
 
     found = write_report(output, words(figures))
     Console().print(found.table)

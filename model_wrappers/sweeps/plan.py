@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 
 from sparsemm_lmms.json_files import one_line
 from sparsemm_lmms.model_wrappers.arguments import parse_arguments
+from sparsemm_lmms.model_wrappers.lmms_eval.records import command_line, versions
 from sparsemm_lmms.model_wrappers.loading import read_config
-from sparsemm_lmms.model_wrappers.records import command_line, versions
 from sparsemm_lmms.model_wrappers.sweeps.cells import (
     BUDGETS,
     DEFAULT_METHODS,
@@ -30,7 +30,7 @@ from sparsemm_lmms.model_wrappers.sweeps.cells import (
     parse_methods,
     words,
 )
-from sparsemm_lmms.model_wrappers.sweeps.store import read_cells, read_plan, write_text
+from sparsemm_lmms.reports.store import read_cells, read_plan, write_text
 
 
 @dataclass(frozen=True)

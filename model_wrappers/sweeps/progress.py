@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparsemm_lmms.model_wrappers.sweeps.cells import Cell, SweptModel
-from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord
+from sparsemm_lmms.reports.store import CellRecord
 
 
 class Display:

@@ -29,12 +29,12 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 
 from sparsemm_lmms.cli import tasks_folder
-from sparsemm_lmms.model_wrappers.commands import metrics, replaced
+from sparsemm_lmms.model_wrappers.lmms_eval.commands import metrics, replaced
 from sparsemm_lmms.model_wrappers.names import stock_id
-from sparsemm_lmms.model_wrappers.results import KEY
 from sparsemm_lmms.model_wrappers.sweeps.cells import Cell, SweptModel
 from sparsemm_lmms.model_wrappers.sweeps.plan import Plan
-from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord, Sample, forget_cell, read_cell, write_cell
+from sparsemm_lmms.reports.results import KEY
+from sparsemm_lmms.reports.store import CellRecord, Sample, forget_cell, read_cell, write_cell
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_METRICS = frozenset(

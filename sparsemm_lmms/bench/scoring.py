@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemm_lmms.scoring.commands import ModelFamily, calibration_source, named_model
+from sparsemm_lmms.visual_heads.commands import ModelFamily, calibration_source, named_model
 
 MODES = ("free", "teacher")
 
@@ -38,7 +38,7 @@ def scoring(
     """Time and memory that chase adds to a generation."""
     from sparsemm_lmms.bench.measure import circumstances
     from sparsemm_lmms.head_scores import write_atomically
-    from sparsemm_lmms.scoring.samples import CalibrationSample
+    from sparsemm_lmms.visual_heads.samples import CalibrationSample
 
     _, loaded, processor = named_model(model, pretrained, revision, device)
     source = calibration_source("demo" if pretrained == "demo" else "generated", max(images, longer))
@@ -68,11 +68,11 @@ def time_ratio(
     import torch
 
     from sparsemm_lmms.bench.measure import in_turn
-    from sparsemm_lmms.scoring.chase import text_shape
-    from sparsemm_lmms.scoring.inputs import make_batch
-    from sparsemm_lmms.scoring.matching import TokenTexts
-    from sparsemm_lmms.scoring.passes import GREEDY, end_tokens, free_running, pad_token
-    from sparsemm_lmms.scoring.token_grid import grid_for
+    from sparsemm_lmms.visual_heads.chase import text_shape
+    from sparsemm_lmms.visual_heads.inputs import make_batch
+    from sparsemm_lmms.visual_heads.matching import TokenTexts
+    from sparsemm_lmms.visual_heads.passes import GREEDY, end_tokens, free_running, pad_token
+    from sparsemm_lmms.visual_heads.token_grid import grid_for
 
     family, texts, pad = grid_for(model.config), TokenTexts(processor.tokenizer), pad_token(processor.tokenizer)
     shape, ends = text_shape(model.config)[:2], end_tokens(model, processor.tokenizer)
@@ -124,11 +124,11 @@ def _memory(model: Any, processor: Any, samples: Sequence[Any], mode: str) -> di
     import torch
 
     from sparsemm_lmms.bench.tensor_log import TensorLog
-    from sparsemm_lmms.scoring.chase import text_shape
-    from sparsemm_lmms.scoring.inputs import make_batch, with_answers
-    from sparsemm_lmms.scoring.matching import TokenTexts
-    from sparsemm_lmms.scoring.passes import GREEDY, free_running, pad_token, teacher_forced
-    from sparsemm_lmms.scoring.token_grid import grid_for
+    from sparsemm_lmms.visual_heads.chase import text_shape
+    from sparsemm_lmms.visual_heads.inputs import make_batch, with_answers
+    from sparsemm_lmms.visual_heads.matching import TokenTexts
+    from sparsemm_lmms.visual_heads.passes import GREEDY, free_running, pad_token, teacher_forced
+    from sparsemm_lmms.visual_heads.token_grid import grid_for
 
     sample = replace(samples[0], image=tuple(image for sample in samples for image in sample.images))
     family, texts, pad = grid_for(model.config), TokenTexts(processor.tokenizer), pad_token(processor.tokenizer)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsemm_lmms import CompressionConfig, compress
 from sparsemm_lmms.cache import CACHE_NAME
-from sparsemm_lmms.scoring.sources import open_image
+from sparsemm_lmms.visual_heads.sources import open_image
 
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 TOKENS = dict(pad_token_id=0, eos_token_id=None, bos_token_id=None)

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 from sparsemm_lmms.cli import tasks_folder
-from sparsemm_lmms.model_wrappers.commands import metrics
+from sparsemm_lmms.model_wrappers.lmms_eval.commands import metrics
 from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan
-from sparsemm_lmms.model_wrappers.sweeps.store import read_cells
+from sparsemm_lmms.reports.store import read_cells
 
 SWEEP = "import sys; from sparsemm_lmms.cli import main; sys.argv[0] = 'sparsemm-lmms'; main()"
 

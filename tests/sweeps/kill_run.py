@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from sparsemm_lmms.model_wrappers.sweeps.store import read_cells
+from sparsemm_lmms.reports.store import read_cells
 
 TIMES = ("_ms", "_ms_median", "elapsed_s", "peak_memory")
 
@@ -45,7 +45,9 @@ class Silent:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sparsemm_lmms.model_wrappers.sweeps.runner", "sparsemm_lmms.model_wrappers.base"])
+CONTEXT.set_forkserver_preload(
+    ["sparsemm_lmms.model_wrappers.sweeps.runner", "sparsemm_lmms.model_wrappers.lmms_eval.model"]
+)
 
 
 def warm_up() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord, Sample, write_cell
+from sparsemm_lmms.reports.store import CellRecord, Sample, write_cell
 
 BUDGETS = (48, 96, 768)
 PROMPT = 600

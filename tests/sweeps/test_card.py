@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from sparsemm_lmms.cli import main
-from sparsemm_lmms.model_wrappers.sweeps.card import read_runs, write_card
-from sparsemm_lmms.model_wrappers.sweeps.store import write_cell
+from sparsemm_lmms.reports.card import read_runs, write_card
+from sparsemm_lmms.reports.store import write_cell
 
 from .records import cell, write_sweep
 

@@ -13,7 +13,7 @@ from sparsemm_lmms import HeadScores
 from sparsemm_lmms.model_wrappers.sweeps.cells import RATIOS, Cell, SweptModel, ablation_cells, main_cells
 from sparsemm_lmms.model_wrappers.sweeps.plan import Plan, make_plan, open_sweep
 from sparsemm_lmms.model_wrappers.sweeps.runner import failed
-from sparsemm_lmms.model_wrappers.sweeps.store import read_cells, write_cell
+from sparsemm_lmms.reports.store import read_cells, write_cell
 
 DEMO = SweptModel("llava_next", {"pretrained": "demo"})
 SCORED = SweptModel("qwen2_vl", {"pretrained": "demo", "head_scores": "mine.json", "ratio": 0.2, "beta": 10})

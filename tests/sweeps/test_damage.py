@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_lmms.model_wrappers.commands import rerun
-from sparsemm_lmms.model_wrappers.sweeps import plots
-from sparsemm_lmms.model_wrappers.sweeps.card import read_runs, write_card
+from sparsemm_lmms.model_wrappers.lmms_eval.commands import rerun
 from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan, open_sweep
-from sparsemm_lmms.model_wrappers.sweeps.report import write_report
-from sparsemm_lmms.model_wrappers.sweeps.store import COMPACT, read_cells, read_plan, write_cell, write_compact
+from sparsemm_lmms.reports import plots
+from sparsemm_lmms.reports.card import read_runs, write_card
+from sparsemm_lmms.reports.report import write_report
+from sparsemm_lmms.reports.store import COMPACT, read_cells, read_plan, write_cell, write_compact
 
 from .records import cell
 from .test_card import results

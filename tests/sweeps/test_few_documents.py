@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparsemm_lmms.model_wrappers.sweeps import statistics, tables
+from sparsemm_lmms.reports import statistics, tables
 
 from .test_statistics import cell, one, row
 

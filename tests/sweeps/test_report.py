@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sparsemm_lmms.model_wrappers.sweeps import paper, plots, report, statistics, tables
-from sparsemm_lmms.model_wrappers.sweeps.statistics import Block, blocks
-from sparsemm_lmms.model_wrappers.sweeps.store import read_cell, read_cells, write_cell, write_compact
+from sparsemm_lmms.reports import paper, plots, report, statistics, tables
+from sparsemm_lmms.reports.statistics import Block, blocks
+from sparsemm_lmms.reports.store import read_cell, read_cells, write_cell, write_compact
 
 from .records import BUDGETS, cell, write_sweep
 
@@ -122,7 +122,7 @@ def test_mistakes_get_one_sentence(sweep: Path, tmp_path: Path) -> None:
 
 def test_no_torch_is_needed(sweep: Path) -> None:
     code = (
-        f"import sys; from pathlib import Path; from sparsemm_lmms.model_wrappers.sweeps.report import write_report;"
+        f"import sys; from pathlib import Path; from sparsemm_lmms.reports.report import write_report;"
         f"write_report(Path({str(sweep)!r}), ['accuracy']);"
         "print([m for m in ('torch', 'transformers', 'lmms_eval') if m in sys.modules])"
     )

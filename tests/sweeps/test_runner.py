@@ -19,7 +19,7 @@ from sparsemm_lmms import head_scores
 from sparsemm_lmms.cli import app, tasks_folder
 from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan, open_sweep
 from sparsemm_lmms.model_wrappers.sweeps.runner import host_defaults, read_samples, run
-from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord, forget_cell, read_cells
+from sparsemm_lmms.reports.store import CellRecord, forget_cell, read_cells
 
 from .kill_run import Silent, contents, start, warm_up, with_kills
 

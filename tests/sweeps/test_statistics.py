@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_lmms.model_wrappers.sweeps import statistics, tables
-from sparsemm_lmms.model_wrappers.sweeps.statistics import Block, Row, blocks
+from sparsemm_lmms.reports import statistics, tables
+from sparsemm_lmms.reports.statistics import Block, Row, blocks
 
 from .records import cell
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_lmms.model_wrappers.sweeps import store
-from sparsemm_lmms.model_wrappers.sweeps.store import (
+from sparsemm_lmms.reports import store
+from sparsemm_lmms.reports.store import (
     COMPACT,
     forget_cell,
     read_cell,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_lmms.model_wrappers.sweeps import statistics
-from sparsemm_lmms.model_wrappers.sweeps.statistics import Interval, blocks, bootstrap_means, sign_test
-from sparsemm_lmms.model_wrappers.sweeps.store import CellRecord, Sample
+from sparsemm_lmms.reports import statistics
+from sparsemm_lmms.reports.statistics import Interval, blocks, bootstrap_means, sign_test
+from sparsemm_lmms.reports.store import CellRecord, Sample
 
 from .records import PROMPT, cell
 

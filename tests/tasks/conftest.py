@@ -10,8 +10,8 @@ import pytest
 from lmms_eval.tasks import TaskManager
 
 from sparsemm_lmms.cli import tasks_folder
-from sparsemm_lmms.model_wrappers import host
-from sparsemm_lmms.model_wrappers.base import CompressedChatModel
+from sparsemm_lmms.model_wrappers.lmms_eval import patches as host
+from sparsemm_lmms.model_wrappers.lmms_eval.model import CompressedChatModel
 
 from .documents import write
 

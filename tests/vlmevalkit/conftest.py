@@ -29,7 +29,7 @@ def host() -> Any:
     """`vlmeval.config` after `register()`; `.before` is what its table held before, `.added` what was added."""
     from vlmeval import config
 
-    from sparsemm_lmms.model_wrappers.vlmevalkit import register
+    from sparsemm_lmms.model_wrappers.vlmevalkit.model import register
 
     config.before = dict(config.supported_VLM)
     config.added = register()
@@ -46,7 +46,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def model(host: Any, checkpoints: dict[str, Path]) -> Callable[..., Any]:
     """`model("qwen2_vl", method="snapkv", budget=20)`: one of our classes on the tiny checkpoint."""
-    from sparsemm_lmms.model_wrappers.vlmevalkit import model_class
+    from sparsemm_lmms.model_wrappers.vlmevalkit.model import model_class
 
     def build(family: str, **given: Any) -> Any:
         small = {"method": "snapkv", "window_size": 8, "budget": 20, "max_new_tokens": 6, "device": "cpu"}

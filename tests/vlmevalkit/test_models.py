@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers.vlmevalkit import ADAPTERS, Record, model_class, register
-from sparsemm_lmms.model_wrappers.vlmevalkit_names import is_ours
+from sparsemm_lmms.model_wrappers.vlmevalkit.model import ADAPTERS, Record, model_class, register
+from sparsemm_lmms.model_wrappers.vlmevalkit.names import is_ours
 from sparsemm_lmms.session import CompressionSession
 
 ROOT = Path(__file__).parents[2]
@@ -267,9 +267,9 @@ class Block:
         if name.partition(".")[0] in ("lmms_eval", "vlmeval"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
-from sparsemm_lmms.model_wrappers.vlmevalkit import Qwen2VLInVLMEvalKit
+from sparsemm_lmms.model_wrappers.vlmevalkit.model import Qwen2VLInVLMEvalKit
 assert Qwen2VLInVLMEvalKit.name_suffix("snapkv", {"budget": 64}) == "snapkv_b64"
-import sparsemm_lmms.model_wrappers.vlmevalkit_run
+import sparsemm_lmms.model_wrappers.vlmevalkit.run
 """
 
 

@@ -11,14 +11,14 @@ import pytest
 from sparsemm_lmms import CompressionConfig, HeadScores
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import RunOptions
-from sparsemm_lmms.model_wrappers.vlmevalkit import (
+from sparsemm_lmms.model_wrappers.vlmevalkit.model import (
     NOT_TOLD,
     TOLD,
     HostOptions,
     LlavaNextInVLMEvalKit,
     Qwen2VLInVLMEvalKit,
 )
-from sparsemm_lmms.model_wrappers.vlmevalkit_names import (
+from sparsemm_lmms.model_wrappers.vlmevalkit.names import (
     BASES,
     CONTROLS,
     FLAGS,

@@ -97,7 +97,7 @@ def predictions(out: Path, model: str, dataset: str) -> list[dict[str, str]]:
 
 
 def test_all_rules_by_model_name_are_known() -> None:
-    from sparsemm_lmms.model_wrappers.vlmevalkit_run import find_run_py
+    from sparsemm_lmms.model_wrappers.vlmevalkit.run import find_run_py
 
     run_py = find_run_py(None)
     texts = [file.read_text() for file in (run_py, *sorted(run_py.parent.glob("vlmeval/inference*.py")))]

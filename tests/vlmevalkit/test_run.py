@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsemm_lmms import HeadScores, cli
-from sparsemm_lmms.model_wrappers import vlmevalkit_run
-from sparsemm_lmms.model_wrappers.vlmevalkit_run import asked_models, check_config, find_run_py, launch
+from sparsemm_lmms.model_wrappers.vlmevalkit import run as vlmevalkit_run
+from sparsemm_lmms.model_wrappers.vlmevalkit.run import asked_models, check_config, find_run_py, launch
 
 from .conftest import IS_REAL, STAND_IN
 

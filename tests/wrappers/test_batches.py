@@ -14,7 +14,7 @@ from loguru import logger
 from sparsemm_lmms.cache import RaggedCache
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers import engine as engines
-from sparsemm_lmms.model_wrappers.host_requests import by_size
+from sparsemm_lmms.model_wrappers.lmms_eval.requests import by_size
 
 from . import tiny
 from .conftest import conversation, request

@@ -15,8 +15,10 @@ from tenacity import Future, RetryError
 
 from sparsemm_lmms import failures
 from sparsemm_lmms.cli import main
-from sparsemm_lmms.model_wrappers import base, commands, host
-from sparsemm_lmms.model_wrappers.results import KEY
+from sparsemm_lmms.model_wrappers.lmms_eval import commands
+from sparsemm_lmms.model_wrappers.lmms_eval import model as base
+from sparsemm_lmms.model_wrappers.lmms_eval import patches as host
+from sparsemm_lmms.reports.results import KEY
 
 from .conftest import png
 

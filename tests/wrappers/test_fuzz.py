@@ -17,7 +17,7 @@ from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
 from sparsemm_lmms.model_wrappers.loading import check_possible
 from sparsemm_lmms.model_wrappers.names import METHODS
-from sparsemm_lmms.scoring.sources import open_image
+from sparsemm_lmms.visual_heads.sources import open_image
 
 BOUNDED = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 WORDS = ["", "0", "-1", "1e400", "nan", "-inf", "64.0", "1_000", "0x10", "9" * 5000, "true", "None", "auto", "cuda:7"]

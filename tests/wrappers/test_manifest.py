@@ -10,7 +10,7 @@ from lmms_eval.models import get_model, get_model_manifest
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers.manifest import manifests
+from sparsemm_lmms.model_wrappers.lmms_eval.manifest import manifests
 from sparsemm_lmms.model_wrappers.names import METHODS as NAMES
 
 HEAVY = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy")
@@ -41,7 +41,7 @@ def test_installed_names_resolve_to_their_class(name: str) -> None:
 
 def test_importing_the_manifest_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from sparsemm_lmms.model_wrappers.manifest import manifests; manifests();"
+        "import sys; from sparsemm_lmms.model_wrappers.lmms_eval.manifest import manifests; manifests();"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     before = "import sys, lmms_eval.models.registry_v2;" + f"print([name for name in {HEAVY} if name in sys.modules])"

@@ -21,10 +21,11 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from sparsemm_lmms import HeadScores
 from sparsemm_lmms.cli import app as cli
 from sparsemm_lmms.cli import main, tasks_folder
-from sparsemm_lmms.model_wrappers import commands, host
-from sparsemm_lmms.model_wrappers.base import CompressedChatModel
-from sparsemm_lmms.model_wrappers.records import fingerprint, settings_of_evaluation
-from sparsemm_lmms.model_wrappers.results import KEY, read_results
+from sparsemm_lmms.model_wrappers.lmms_eval import commands
+from sparsemm_lmms.model_wrappers.lmms_eval import patches as host
+from sparsemm_lmms.model_wrappers.lmms_eval.model import CompressedChatModel
+from sparsemm_lmms.model_wrappers.lmms_eval.records import fingerprint, settings_of_evaluation
+from sparsemm_lmms.reports.results import KEY, read_results
 
 from . import tiny
 from .conftest import png

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemm_lmms import CompressionConfig, compress
-from sparsemm_lmms.model_wrappers import statistics
 from sparsemm_lmms.model_wrappers.engine import Answer, Batch, Engine, kept_tokens
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
-from sparsemm_lmms.model_wrappers.statistics import CacheTokenCounts, RunStatistics
+from sparsemm_lmms.model_wrappers.lmms_eval import statistics
+from sparsemm_lmms.model_wrappers.lmms_eval.statistics import CacheTokenCounts, RunStatistics
 
 from .conftest import conversation
 

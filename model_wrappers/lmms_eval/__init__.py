@@ -1,0 +1,1 @@
+"""lmms-eval: the chat model, its requests, every wrap of the host, records and commands."""

@@ -1,0 +1,1 @@
+"""VLMEvalKit: the model classes, their names, and its run.py."""

@@ -1,0 +1,334 @@
+"""VLMEvalKit's models on compressed caches: `register()` puts them into `vlmeval.config.supported_VLM`.
+
+A class is made for each family when the host is there: ours in front, the host's stock class behind it, whose prompts
+for each dataset, image handling and post-processing are used and whose constructor is not run. Importing this module
+needs neither VLMEvalKit nor lmms-eval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from loguru import logger
+from PIL import Image
+
+from sparsemm_lmms.config import CompressionConfig, parse_value, unknown_name
+from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.model_wrappers.arguments import DEMO, RunOptions, split_arguments
+from sparsemm_lmms.model_wrappers.compressed import CompressedModel
+from sparsemm_lmms.model_wrappers.engine import Batch, Engine, Prompt
+from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
+from sparsemm_lmms.model_wrappers.generation import GenerationSettings
+from sparsemm_lmms.model_wrappers.loading import resolve_device
+from sparsemm_lmms.model_wrappers.vlmevalkit.names import BASES, listed_names, name_suffix, parse_name, telling_settings
+from sparsemm_lmms.session import compress
+
+GENERATIONS = ("greedy", "stock")
+TOLD = ("dtype", "attn_implementation", "compress_before_question", "system_prompt", "head_scores")
+"""Options of a run that a name must tell."""
+NOT_TOLD = ("pretrained", "revision", "device", "device_map", "trust_remote_code", "cuda_graph", "foreign_head_scores")
+"""Those that it need not: the checkpoint is the name's first word, the others do not change answers. All further
+options of `RunOptions` mean nothing here: the host asks one question at a time and its datasets choose the frames."""
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """Settings that the host's stock classes have beside ours.
+
+    Attributes:
+        max_new_tokens: the stock classes' default.
+        generation: `greedy`, or `stock` for what the stock class passes to `generate`.
+        use_custom_prompt: the family's own prompts where the stock class has them; else the dataset's.
+        min_pixels, max_pixels: limits to which the host resizes images for Qwen2-VL, or None for those of its tools.
+    """
+
+    max_new_tokens: int = 2048
+    generation: str = "greedy"
+    use_custom_prompt: bool = True
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    @classmethod
+    def split(cls, given: dict[str, Any], pixels: bool) -> tuple[HostOptions, dict[str, Any]]:
+        """(these options, the rest of `given`); pixel limits only where `pixels`."""
+        kinds = {field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(cls)}
+        if not pixels:
+            del kinds["min_pixels"], kinds["max_pixels"]
+        own = {
+            name: parse_value(name, given[name], kind) for name, kind in kinds.items() if given.get(name) is not None
+        }
+        return cls(**own), {name: value for name, value in given.items() if name not in kinds}
+
+    def __post_init__(self) -> None:
+        if self.generation not in GENERATIONS:
+            raise ValueError(unknown_name("generation", self.generation, GENERATIONS))
+        for name in ("max_new_tokens", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels} must not exceed max_pixels={self.max_pixels}.")
+
+
+class Record(dict):
+    """An answer for the host: `prediction` and, in `extra_records`, what the KV cache held.
+
+    The host's image datasets write both; its video datasets, and image datasets of which some answers failed, write
+    `str(answer)`: that is the prediction, too.
+    """
+
+    def __str__(self) -> str:
+        return self["prediction"]
+
+
+class CompressedVLM(CompressedModel):
+    """What our classes for the host share. Subclasses stand in front of a stock class of the host.
+
+    Args:
+        method: one of `sparsemm_lmms.methods.METHODS`.
+        given: settings of the compression, of the run and of the host (`CompressionConfig`, `RunOptions`,
+            `HostOptions`).
+    """
+
+    stock: ClassVar[type]
+
+    def __init__(self, method: str = "sparsemm", **given: Any) -> None:
+        self.dump_image_func: Any = None  # what the stock class's base sets; its own constructor loads the model
+        self.method = method
+        self.host, self.options, self.compression = self.check(method, given)
+        checkpoint = self.load(resolve_device(self.options))
+        self.processor = checkpoint.processor
+        self.engine = Engine(
+            checkpoint,
+            compress_before_question=self.options.compress_before_question,
+            cuda_graph=self.options.cuda_graph,
+        )
+        self.use_stock_attributes()
+        entered = ExitStack()
+        self.session = entered.enter_context(compress(self.model, self.compression, self.head_scores))
+        weakref.finalize(self, entered.close)  # model and session refer to each other: let go of the weights at once
+        self.told = self.settings()
+        logger.info(f"Settings: {self.told}")
+
+    @classmethod
+    def check(cls, method: str, given: dict[str, Any]) -> tuple[HostOptions, RunOptions, CompressionConfig]:
+        """The settings, checked without loading anything.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        if method not in METHODS:
+            raise ValueError(unknown_name("method", method, tuple(METHODS)))
+        host, rest = HostOptions.split(given, pixels=cls.family.model_type == QWEN2_VL.model_type)
+        for name in {field.name for field in dataclasses.fields(RunOptions)} - {*TOLD, *NOT_TOLD}:
+            if rest.get(name) is not None:
+                raise ValueError(f"{cls.family.name}_{method} has no argument {name!r} in VLMEvalKit; leave it out.")
+        return host, *split_arguments(cls.family, method, rest)
+
+    @classmethod
+    def name_suffix(cls, method: str, given: dict[str, Any]) -> str:
+        """`<method>_b<budget>...`: how a name must end that states these settings."""
+        host, options, compression = cls.check(method, given)
+        others = [(f.name, getattr(host, f.name), f.default) for f in dataclasses.fields(host)]
+        others += [(f.name, getattr(options, f.name), f.default) for f in dataclasses.fields(options) if f.name in TOLD]
+        return name_suffix(method, telling_settings(method, compression, others))
+
+    def settings(self) -> dict[str, Any]:
+        meaningless = {field.name for field in dataclasses.fields(RunOptions)} - {*TOLD, *NOT_TOLD}
+        ours = {name: value for name, value in super().settings().items() if name not in meaningless}
+        return {**ours, **dataclasses.asdict(self.host)}
+
+    def use_stock_attributes(self) -> None:
+        """Set what methods of the stock class read."""
+
+    def use_custom_prompt(self, dataset: str) -> bool:
+        return self.host.use_custom_prompt and super().use_custom_prompt(dataset)  # type: ignore[misc]
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> Record:
+        """One question, as the host's datasets or `build_prompt` made it."""
+        batch = self._answer([{"role": "user", "content": message}], dataset)
+        return Record(prediction=batch.answers[0].text, extra_records=kv_record(batch, self.told))
+
+    def chat_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
+        """The next answer of a conversation, which is read and compressed anew."""
+        return self._answer(message, dataset).answers[0].text
+
+    def chat(self, messages: list[dict[str, Any]], dataset: str | None = None) -> str:
+        """As the host's, which after any error would ask again without the first turns, whatever the error was."""
+        turns = [{**turn, "content": self.preproc_content(turn["content"])} for turn in messages]  # type: ignore[attr-defined]
+        return self.chat_inner(turns, dataset)
+
+    def _answer(self, turns: list[dict[str, Any]], dataset: str | None) -> Batch:
+        messages = [{"role": turn["role"], "content": self.content(turn["content"], dataset)} for turn in turns]
+        if self.options.system_prompt:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.options.system_prompt}]})
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = Prompt(text, *self.media(messages))
+        batch = self.engine.answer(self.session, [prompt], self._generation_settings())
+        answer = batch.answers[0]
+        answer = dataclasses.replace(answer, text=self.post_process(text, answer.text))
+        return dataclasses.replace(batch, answers=[answer])
+
+    def _generation_settings(self) -> GenerationSettings:
+        """Greedy, or what the stock class's constructor passes to `generate` unless told otherwise."""
+        stock = {}
+        if self.host.generation == "stock":
+            parameters = inspect.signature(self.stock).parameters
+            names = {*GenerationSettings.__dataclass_fields__, "do_sample"} & set(parameters)
+            stock = {name: parameters[name].default for name in names}
+        return GenerationSettings.from_host(stock | {"max_new_tokens": self.host.max_new_tokens}, 1)
+
+    # -- what differs between families ---------------------------------------------------------------------------------
+
+    def content(self, message: list[dict[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
+        """The host's parts (`type`, `value`) as parts of the chat template."""
+        raise NotImplementedError
+
+    def media(self, messages: list[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
+        """The images and videos of the messages, as the processor takes them."""
+        raise NotImplementedError
+
+    def post_process(self, prompt: str, answer: str) -> str:
+        """What the stock class does with the model's answer."""
+        return answer
+
+
+class LlavaNextInVLMEvalKit(CompressedVLM):
+    """In front of `vlmeval.vlm.LLaVA_Next`."""
+
+    family = dataclasses.replace(LLAVA_NEXT, max_new_tokens=HostOptions.max_new_tokens)
+
+    def content(self, message: list[dict[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
+        if any(part["type"] not in ("text", "image") for part in message):
+            raise NotImplementedError("LLaVA-NeXT reads text and images only; this dataset sends video.")
+        return [
+            {"type": "text", "text": part["value"]}
+            if part["type"] == "text"
+            else {"type": "image", "image": part["value"]}
+            for part in message
+        ]
+
+    def media(self, messages: list[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
+        parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        return [Image.open(part["image"]).convert("RGB") for part in parts], ()
+
+    def post_process(self, prompt: str, answer: str) -> str:
+        """The stock class looks for the answer in the whole text, behind the mark that its template puts there."""
+        finds_answer = not self.output_process(prompt)  # type: ignore[attr-defined]
+        return self.output_process(prompt + answer) if finds_answer else answer.strip()  # type: ignore[attr-defined]
+
+
+class Qwen2VLInVLMEvalKit(CompressedVLM):
+    """In front of `vlmeval.vlm.Qwen2VLChat`, whose image sizes for each dataset and frame sampling it uses."""
+
+    family = dataclasses.replace(
+        QWEN2_VL,
+        max_new_tokens=HostOptions.max_new_tokens,
+        strip_answers=False,
+        system_prompt=None,  # the chat template has it
+        pixel_limits=None,  # the host's tools resize before the processor does
+    )
+
+    def use_stock_attributes(self) -> None:
+        self._use_custom_prompt = self.host.use_custom_prompt
+        self.min_pixels, self.max_pixels, self.total_pixels = self.host.min_pixels, self.host.max_pixels, None
+        self.fps, self.nframe, self.FRAME_FACTOR = 2, 128, 2  # the stock defaults; video datasets set fps or nframe
+
+    def content(self, message: list[dict[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
+        return self._prepare_content(message, dataset=dataset)  # type: ignore[attr-defined]
+
+    def media(self, messages: list[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
+        from qwen_vl_utils import process_vision_info  # a requirement of both hosts
+
+        images, videos = process_vision_info(messages, image_patch_size=self.processor.image_processor.patch_size)
+        return images or [], videos or []
+
+
+ADAPTERS: dict[str, tuple[type[CompressedVLM], str, str]] = {
+    "llava_next": (LlavaNextInVLMEvalKit, "LLaVA_Next", "CompressedLLaVANext"),
+    "qwen2_vl": (Qwen2VLInVLMEvalKit, "Qwen2VLChat", "CompressedQwen2VL"),
+}
+"""Family -> our half of the class, the host's half in `vlmeval.vlm`, and the name of the whole there."""
+
+
+def register(names: Iterable[str] = (), score_files: Mapping[str, str] | None = None) -> list[str]:
+    """Add our models to `vlmeval.config.supported_VLM`, and our classes to `vlmeval.vlm` for `--config` files.
+
+    Args:
+        names: any further names to resolve, for example `Qwen2VL-7B-Instruct_snapkv_b96_w16`.
+        score_files: files of head scores that names refer to by `hs-<hash>`, as `hash_scores` returns them.
+
+    Returns:
+        The names that were added; checkpoints that this VLMEvalKit does not know are left out.
+
+    Raises:
+        ValueError: one sentence for a name that cannot be resolved.
+    """
+    from vlmeval.config import supported_VLM
+
+    classes = {family: model_class(family) for family in ADAPTERS}
+    files = score_files or {}
+    entries: dict[str, partial] = {}
+    for name in listed_names():
+        base = BASES[name.partition("_")[0]]
+        if base.stock is None or base.stock in supported_VLM:
+            entries[name] = _entry(name, files, classes, supported_VLM)
+    entries |= {name: _entry(name, files, classes, supported_VLM) for name in names}
+    added = {name: entry for name, entry in entries.items() if name not in supported_VLM}
+    supported_VLM.update(added)
+    return list(added)
+
+
+def model_class(family: str) -> type[CompressedVLM]:
+    """Our class of this family in the host, made and put into `vlmeval.vlm` the first time."""
+    from vlmeval import vlm
+
+    ours, stock, name = ADAPTERS[family]
+    if not hasattr(vlm, name):
+        behind = getattr(vlm, stock)
+        members = {"__module__": __name__, "__doc__": f"{stock} on a compressed cache.", "stock": behind}
+        setattr(vlm, name, type(name, (ours, behind), members))
+    return getattr(vlm, name)
+
+
+def kv_record(batch: Batch, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the cache of one answer held; bytes, tokens per kv head, milliseconds."""
+    answer = batch.answers[0]
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "output_tokens": answer.output_tokens,
+        "kept_tokens": round(answer.kept_tokens, 4),
+        "nominal_budget": batch.nominal_budget,
+        "kv_bytes": batch.kv_bytes,
+        "kv_bytes_used": batch.kv_bytes_used,
+        "kv_bytes_full": batch.kv_bytes_full,
+        "ttft_ms": round(1000 * batch.ttft, 3),
+        "tpot_ms": None if batch.tpot is None else round(1000 * batch.tpot, 3),
+        "dtype": settings["dtype"],
+        "head_scores": (settings["head_scores"] or {}).get("sha256"),
+    }
+
+
+def _entry(name: str, files: Mapping[str, str], classes: dict[str, type[CompressedVLM]], supported: dict) -> partial:
+    """What `supported_VLM` holds for this name: our class with its arguments, those of the stock entry included."""
+    base, method, settings = parse_name(name, files)
+    arguments: dict[str, Any] = {"pretrained": DEMO}
+    if base.stock is not None:
+        if base.stock not in supported:
+            raise ValueError(f"This VLMEvalKit has no model {base.stock!r}, from which {name!r} takes its checkpoint.")
+        arguments = dict(supported[base.stock].keywords)
+        arguments["pretrained"] = arguments.pop("model_path")
+    if base.spread:
+        arguments["device_map"] = "auto"
+    cls = classes[base.family]
+    cls.check(method, arguments | settings)
+    return partial(cls, method=method, **arguments | settings)
