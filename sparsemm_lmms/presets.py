@@ -1,0 +1,49 @@
+"""The methods by name: which scorer ranks the tokens of a head, and which allocator says how many it keeps.
+
+The only list of method names: lmms-eval's manifest, VLMEvalKit's names, sweeps, figures, cards and the README's table read
+it. Imported at every start of lmms-eval, so nothing heavy may be imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method.
+
+    Attributes:
+        scorer: name of a file in `scorers/` or of an entry point `sparsemm_lmms.scorers`; None for no ranking.
+        allocator: name of a file in `allocators/` or of an entry point `sparsemm_lmms.allocators`.
+        tokens, counts: which tokens of a head stay, and how many; the words of the documentation.
+    """
+
+    scorer: str | None
+    allocator: str
+    tokens: str
+    counts: str
+
+
+WINDOW = "attention of the last `window_size` queries"
+METHODS = {
+    "sparsemm": Preset(
+        "window_attention", "head_scores", WINDOW, "by visual-head scores over the whole model, floor `ratio`"
+    ),
+    "snapkv": Preset("window_attention", "uniform", WINDOW, "`budget` for every head"),
+    "pyramidkv": Preset("window_attention", "pyramid", WINDOW, "less with depth (`beta`)"),
+    "adakv": Preset(
+        "window_attention",
+        "adakv",
+        WINDOW,
+        "shared out inside a layer by attention (`floor_ratio`, `normalize`, `skip`)",
+    ),
+    "random": Preset(
+        "window_attention", "random_heads", WINDOW, "as `sparsemm` with random scores (`seed`): the control"
+    ),
+    "local_window": Preset("recency", "uniform", "the most recent", "`budget` for every head"),
+    "fullkv": Preset(None, "everything", "all", "all: the baseline, through the same cache"),
+    "mask": Preset(None, "mask", "all", "all; the `mask_ratio` best visual heads are silenced"),
+    "mask_random": Preset(None, "mask_random", "all", "all; as many other heads (`seed`) are silenced: the control"),
+}
+"""Method name -> what it is made of, in the order of tables."""
