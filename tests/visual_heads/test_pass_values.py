@@ -26,7 +26,7 @@ from sparsemm_lmms.visual_heads.statistics import agreement, group_agreement, ra
 from sparsemm_lmms.visual_heads.token_grid import grid_for
 
 from . import tiny
-from .test_chase import make_samples, noise, quarters
+from .test_chase import make_samples, noise, quarters, reference_score
 
 LAYERS, HEADS, PROMPT = 2, 3, 7
 
@@ -85,7 +85,8 @@ def test_what_a_row_writes_behind_its_end_counts_nothing(steps: list[list[str]],
     ids = [[tokenizer.convert_tokens_to_ids(letter) for letter in step] for step in steps]
     size, dice = len(steps[0]), torch.Generator().manual_seed(seed)
     boxes = (Box("a", (0, 0, 9, 9)), Box("b", (9, 0, 18, 9)), Box("de", (9, 9, 18, 18)))
-    samples = [CalibrationSample(noise(20, 20, 0), "?", "", boxes)] * size
+    orders = [boxes[b % 3 :] + boxes[: b % 3] for b in range(size)]  # every row has words of its own
+    samples = [CalibrationSample(noise(20, 20, 0), "?", "", order) for order in orders]
     words = torch.rand(size, 3, PROMPT, generator=dice) < 0.5
     words[0, 1] = False  # no image token shows "b" in the first row
     seen = [
@@ -114,7 +115,7 @@ def test_what_a_row_writes_behind_its_end_counts_nothing(steps: list[list[str]],
         written = whole[: next((i for i, letter in enumerate(whole) if letter in "de"), len(whole))]
         wanted.tokens[b] = len(written)
         for i, letter in enumerate(written):
-            word = "ab".find(letter)
+            word = [box.text for box in orders[b]].index(letter) if letter in "ab" else -1
             if word < 0 or not words[b, word].any():
                 continue
             wanted.counted[b] += 1
@@ -137,6 +138,11 @@ def test_free_running_counts_up_to_each_rows_own_end() -> None:
     texts = TokenTexts(processor.tokenizer)
     free = model.generate(**batch.inputs, max_new_tokens=9, do_sample=False, pad_token_id=0)[:, batch.prompt :]
     assert not (free == 2).any()  # nobody ended
+    whole = free_running(model, batch, texts, 0, (3, 4), 9)
+    for b, sample in enumerate(samples):
+        score, counted = reference_score(model, processor, sample, "free", max_new_tokens=9)
+        np.testing.assert_allclose(whole.score[b], score, rtol=1e-9, atol=1e-12)
+        assert (whole.tokens[b], whole.counted[b]) == (9, counted)
     ends = [2, int(free[0, 3]), int(free[1, 6])]
     model.generation_config.eos_token_id = ends
     tally = free_running(model, batch, texts, 0, (3, 4), 9)
@@ -164,6 +170,8 @@ def test_a_word_that_no_image_token_shows_counts_nothing() -> None:
         shown = batch.words & (torch.arange(4) == word)[:, None]
         alone.append(teacher_forced(model, replace(batch, words=shown, sizes=shown.sum(-1)), texts, 0, (3, 4)))
     for b, sample in enumerate(samples):
+        score, _ = reference_score(model, processor, sample, "teacher")
+        np.testing.assert_allclose(everything.score[b], score, rtol=1e-9, atol=1e-12)
         having = [
             [box.text for box in sample.boxes if letter.strip() and letter in box.text] for letter in sample.answer
         ]
@@ -285,20 +293,22 @@ def until(samples: list[Any], stop: int) -> Iterator[Any]:
     raise Stopped
 
 
-@pytest.mark.parametrize("limit", [2, 3])
-def test_a_limit_below_what_a_killed_run_had_read(limit: int, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("limit", "size"), [(2, 1), (3, 1), (3, 2), (4, 2), (9, 2)])
+def test_a_limit_below_what_a_killed_run_had_read(limit: int, size: int, tmp_path: Any) -> None:
     model, processor = tiny.llava_next(), tiny.llava_processor()
     samples = [Skipped("torn.png", "is not readable."), *make_samples(4)]
 
     def run(source: Any, name: str, **more: Any) -> Any:
-        return score_heads(model, processor, source, tmp_path / name, ChaseSettings("teacher"), progress=False, **more)
+        settings = ChaseSettings("teacher", batch_size=size)
+        return score_heads(model, processor, source, tmp_path / name, settings, progress=False, **more)
 
     with pytest.raises(Stopped):
         run(until(samples, 5), "a.json")
-    assert len((tmp_path / "a.json.partial.jsonl").read_bytes().splitlines()) == 6  # a header before the records
+    lines = (tmp_path / "a.json.partial.jsonl").read_bytes().splitlines()
+    assert len(lines) == 1 + 5 // size * size  # a header, and the records of whole batches
     found = run((sample for sample in samples), "a.json", limit=limit)
     alone = run((sample for sample in samples[:limit]), "b.json")
-    assert found.provenance["images"] == limit - 1 and np.array_equal(found.values, alone.values)
+    assert found.provenance["images"] == min(limit - 1, 4) and np.array_equal(found.values, alone.values)
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert not (tmp_path / "a.json.partial.jsonl").exists()
 

@@ -118,6 +118,19 @@ def test_one_wrong_token_anywhere_is_not_greedy(engine: Engine) -> None:
         assert [x.loss for x in row] == pytest.approx([loss for loss, _ in wanted], abs=1e-4)
 
 
+def test_tokens_of_the_context_decide_on_no_answer(merging: Engine) -> None:
+    """They come again with every answer once another answer changes them; the model need not predict them."""
+    messages = conversation(1, "What is it?")
+    with compress(merging.model, CompressionConfig(method="fullkv")) as session:
+        ids = merging.batch_inputs([merging.prompt(messages)])
+        made = merging.model.generate(**ids, max_new_tokens=4, do_sample=False, eos_token_id=10_000)
+        own = merging.processor.tokenizer.decode(made[0, ids["input_ids"].shape[1] :])
+        document = read_document(merging, messages, [own, "B or C"])
+        [row], _ = score(merging, session, [document])
+    assert document.dropped == 2 and [x.is_greedy for x in row] == [True, False]
+    assert row[0].tokens == 4 and stock(merging, messages, own) == (pytest.approx(row[0].loss, abs=1e-4), True)
+
+
 def test_an_answer_inside_the_context_is_refused(merging: Engine) -> None:
     """ ": B" has no token behind the two that it replaces."""
     with pytest.raises(ValueError, match="The answer 'B' has no tokens"):
