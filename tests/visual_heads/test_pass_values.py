@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from sparsemm_lmms.visual_heads import passes
+from sparsemm_lmms.visual_heads import attention, passes
 from sparsemm_lmms.visual_heads.attention import Watcher, step_weights
 from sparsemm_lmms.visual_heads.chase import ChaseSettings, reduce_records, score_heads
 from sparsemm_lmms.visual_heads.inputs import Batch, make_batch, with_answers
@@ -185,7 +185,9 @@ def test_a_word_that_no_image_token_shows_counts_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["causal", "bool", "float"])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_weights_of_16_bit_models_are_float32(dtype: torch.dtype, kind: str, rows: int) -> None:
+def test_weights_of_16_bit_models_are_float32(
+    dtype: torch.dtype, kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Products of 16-bit numbers tie where they are rounded to 16 bits; the reference is float64 on the same inputs."""
     dice = torch.Generator().manual_seed(1)
     batch, heads, group, q_length, k_length, dim, prompt = 2, 2, 2, 5, 40, 16, 30
@@ -201,7 +203,8 @@ def test_weights_of_16_bit_models_are_float32(dtype: torch.dtype, kind: str, row
         mask = visible if kind == "bool" else torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -3e4)
     logits = torch.einsum("bhqd,bhkd->bhqk", query.double(), key.double().repeat_interleave(group, 1)) * 0.3
     weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)[:, :, -rows:]
-    for known in (targets, None):
+    for known, elements in ((targets, 1 << 24), (targets, 2 * batch * heads * group * k_length), (None, 1)):
+        monkeypatch.setattr(attention, "CHUNK_ELEMENTS", elements)  # all rows at once, two, one
         watcher = Watcher(words, rows, known)
         watcher.look(1, query, key, mask, 0.3)
         watcher.look(0, query, key, mask, 0.3)
@@ -268,15 +271,22 @@ def test_a_prompt_begins_with_one_bos(written: bool) -> None:
 
 def test_words_of_a_batch_are_the_tokens_of_the_grid() -> None:
     model, processor = tiny.llava_next(), tiny.llava_processor()
-    samples = [*make_samples(2), CalibrationSample(noise(60, 60, 1), "?", "", quarters(60, 60)[:1])]
+    two = CalibrationSample(
+        (noise(60, 60, 1), noise(112, 56, 2)), "?", "", quarters(60, 60)[:1] + quarters(112, 56, item=1)[1:3]
+    )
+    samples = [*make_samples(2), two]
     for views in ("high", "all"):
         batch = make_batch(samples, processor, grid_for(model.config), views, model)
-        images = [sample.images[0].size for sample in samples]
+        images = [image.size for sample in samples for image in sample.images]
         grids = grid_for(model.config).grids(batch.inputs, images)
         assert batch.words.shape == (3, 4, batch.prompt)
         for row, (sample, grid) in enumerate(zip(samples, grids, strict=True)):
             for k in range(4):
-                shown = grid.inside(sample.boxes[k].xyxy, 0, views).tolist() if k < len(sample.boxes) else []
+                shown = (
+                    grid.inside(sample.boxes[k].xyxy, sample.boxes[k].item, views).tolist()
+                    if k < len(sample.boxes)
+                    else []
+                )
                 assert batch.words[row, k].nonzero().flatten().tolist() == sorted(shown)
                 assert int(batch.sizes[row, k]) == len(shown)
 

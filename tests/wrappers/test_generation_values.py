@@ -56,10 +56,10 @@ def test_answers_end_with_their_first_end_token(data: st.DataObject) -> None:
     engine.processor = type(
         "Processor", (), {"tokenizer": type("Tokenizer", (), {"batch_decode": staticmethod(decode)})}
     )
-    width, batch = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
-    row = st.lists(st.integers(0, 6), min_size=width, max_size=width)
+    width, batch = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
+    row = st.lists(st.sampled_from([3, 4, 5, 6, 0, 3, 4, 6, 1, 2]), min_size=width, max_size=width)
     rows = data.draw(st.lists(row, min_size=batch, max_size=batch))
-    until = tuple(data.draw(st.lists(st.sampled_from(["b", "ab", "c", "ca"]), max_size=2)))
+    until = tuple(data.draw(st.lists(st.sampled_from(["b", "ab", "c", "ca"]), max_size=3)))
     made = engine._answers(torch.tensor(rows), [9] * batch, [4.5] * batch, GenerationSettings(7, until=until))
     for found, tokens in zip(made, rows, strict=True):
         ends = [i for i, token in enumerate(tokens) if token in (1, 2)]

@@ -32,7 +32,7 @@ def batches(draw: st.DrawFn) -> tuple[Batch, list[bool]]:
     """A batch, and which of its answers are real requests."""
     count = draw(st.integers(1, 4))
     answers = [
-        Answer("", draw(st.integers(1, 9)), draw(st.integers(1, 99)), draw(st.floats(1, 99, allow_nan=False)))
+        Answer("", draw(st.integers(1, 9)), draw(st.integers(1, 99)), draw(st.floats(0, 99)))
         for _ in range(count)
     ]
     made = batch(
@@ -41,7 +41,7 @@ def batches(draw: st.DrawFn) -> tuple[Batch, list[bool]]:
         ttft=draw(times),
         tpot=draw(st.none() | times),
         nominal_budget=draw(st.none() | st.integers(1, 64)),
-        **{name: draw(st.integers(1, 10**6)) for name in SHARED},
+        **{name: draw(st.integers(0, 3) | st.integers(1, 10**6)) for name in SHARED},
     )
     return made, draw(st.lists(st.booleans(), min_size=count, max_size=count))
 
