@@ -7,8 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sparsemm_lmms.config import CUDA_GRAPHS, CompressionConfig, parse_value, shown, unknown_name
-from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.config import CUDA_GRAPHS, CompressionConfig
+from sparsemm_lmms.methods import METHODS, all_settings, find_method
+from sparsemm_lmms.presets import FREE, FREE_PARTS
+from sparsemm_lmms.settings import parse_value, shown, unknown_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
@@ -150,6 +152,12 @@ def split_arguments(family: Family, method: str, given: dict[str, Any]) -> tuple
     Raises:
         ValueError: one sentence with the known arguments and the nearest, before anything is loaded.
     """
+    name_of_model = f"{family.name}_{method}"
+    if method == FREE:
+        parts = {name: str(given.get(name) or default) for name, default in FREE_PARTS.items()}
+        given = {name: value for name, value in given.items() if name not in parts}
+        method = "+".join(parts.values())
+    find_method(method)
     known_run = known_run_options(family, method)
     known_config = known_settings(method)
     run: dict[str, Any] = {}
@@ -163,7 +171,7 @@ def split_arguments(family: Family, method: str, given: dict[str, Any]) -> tuple
         elif name in known_config:
             config |= {} if absent else {name: value}
         else:
-            raise ValueError(_refusal(family, method, name, sorted(known_run | known_config)))
+            raise ValueError(_refusal(name_of_model, name, sorted(known_run | known_config)))
     return _run_options(family, run), CompressionConfig.from_dict(config)
 
 
@@ -174,7 +182,7 @@ def known_run_options(family: Family, method: str) -> set[str]:
         names -= {"min_pixels", "max_pixels"}
     if not family.reads_video:
         names -= {"max_num_frames", "fps"}
-    if not METHODS[method].needs_head_scores:
+    if not find_method(method).needs_head_scores:
         names -= {"head_scores", "foreign_head_scores"}
     return names
 
@@ -185,21 +193,19 @@ def known_settings(method: str) -> set[str]:
     Settings that all methods share are accepted even where they have no effect (`budget` for fullkv), so that one
     line of arguments can run through all methods; `unused_settings` names them.
     """
-    foreign = {name for other in METHODS.values() for name in other.arguments} - set(METHODS[method].arguments)
-    return {field.name for field in dataclasses.fields(CompressionConfig)} - {"method"} - (foreign - {"seed"})
+    declarations = {**all_settings(), **CompressionConfig.settings_of(method)}
+    own = find_method(method).settings
+    return {name for name, known in declarations.items() if known.shared or name in own}
 
 
 def unused_settings(method: str) -> tuple[str, ...]:
     """Settings and options that this method accepts but that have no effect on it."""
-    cls = METHODS[method]
-    unused: tuple[str, ...] = ()
-    if not cls.compresses:
+    parts = find_method(method)
+    shared = {name for name, known in all_settings().items() if known.shared}
+    unused = tuple(sorted(shared - set(parts.settings)))
+    if not parts.compresses:
         unused += ("budget", "window_size", "redistribute", "compress_before_question")
-    if cls.scorer != "window":
-        unused += ("kernel_size", "pooling", "gqa_func")
-    if "seed" not in cls.arguments and not cls.needs_head_scores:
-        unused += ("seed",)
-    return unused
+    return unused if parts.uses_seed else (*unused, "seed")
 
 
 def _run_options(family: Family, run: dict[str, Any]) -> RunOptions:
@@ -220,15 +226,17 @@ def _empty(name: str) -> str:
     return f"{name}= is empty: give a value, or leave {name} out for its default."
 
 
-def _refusal(family: Family, method: str, name: str, known: list[str]) -> str:
+def _refusal(model: str, name: str, known: list[str]) -> str:
     """The sentence for an argument that this model does not know."""
-    knowing = [other for other, cls in METHODS.items() if name in cls.arguments]
+    knowing = [other for other, parts in METHODS.items() if name in parts.settings]
     if name == "head_scores":
-        knowing = [other for other, cls in METHODS.items() if cls.needs_head_scores]
+        knowing = [other for other, parts in METHODS.items() if parts.needs_head_scores]
+    if name in FREE_PARTS:
+        knowing = [FREE]
     if knowing:
-        return f"{family.name}_{method} has no argument {name!r}: it belongs to {', '.join(knowing)}."
+        return f"{model} has no argument {name!r}: it belongs to {', '.join(knowing)}."
     if name in ("min_pixels", "max_pixels"):
-        return f"{family.name}_{method} has no argument {name!r}: only qwen2_vl models resize images by pixel limits."
+        return f"{model} has no argument {name!r}: only qwen2_vl models resize images by pixel limits."
     if name in ("max_num_frames", "fps"):
-        return f"{family.name}_{method} has no argument {name!r}: only qwen2_vl models read video."
-    return unknown_name(f"argument of {family.name}_{method}", name, known)
+        return f"{model} has no argument {name!r}: only qwen2_vl models read video."
+    return unknown_name(f"argument of {model}", name, known)

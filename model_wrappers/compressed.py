@@ -9,7 +9,7 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
-from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.methods import find_method
 from sparsemm_lmms.model_wrappers.arguments import (
     Family,
     RunOptions,
@@ -25,6 +25,7 @@ from sparsemm_lmms.model_wrappers.loading import (
     load_checkpoint,
     read_config,
 )
+from sparsemm_lmms.presets import FREE, FREE_PARTS
 from sparsemm_lmms.visual_heads import resolve_head_scores
 
 FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
@@ -74,20 +75,22 @@ class CompressedModel:
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the answers, resolved: arguments, defaults and the identity of the head scores."""
-        unused = set(unused_settings(self.method))
-        known = known_run_options(self.family, self.method) - unused - {"head_scores", "foreign_head_scores"}
+        method = self.compression.method
+        unused = set(unused_settings(method))
+        known = known_run_options(self.family, method) - unused - {"head_scores", "foreign_head_scores"}
         run = {name: value for name, value in vars(self.options).items() if name in known}
         run |= {"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
+        free = dict(zip(FREE_PARTS, method.split("+"), strict=True)) if self.method == FREE else {}
         scores = None
         if self.head_scores is not None:
             scores = {"source": self.options.head_scores, "sha256": self.head_scores.content_hash}
-        used = known_settings(self.method) - unused
+        used = known_settings(method) - unused
         compression = {name: value for name, value in self.compression.to_dict().items() if name in used}
-        return {"model": f"{self.family.name}_{self.method}", **run, **compression, "head_scores": scores}
+        return {"model": f"{self.family.name}_{self.method}", **run, **compression, "head_scores": scores, **free}
 
     def _read_head_scores(self, config: dict[str, Any], progress: bool) -> HeadScores | None:
         """The scores of this model, or None for a method without. Finding them (`auto`) needs the loaded model."""
-        if not METHODS[self.method].needs_head_scores:
+        if not find_method(self.compression.method).needs_head_scores:
             return None
         path, revision = checkpoint_path(self.family, self.options), self.options.revision
         loaded: dict[str, Any] = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsemm_lmms.config import parse_value
+from sparsemm_lmms.settings import parse_value
 from sparsemm_lmms.step_clock import StepClock as StepClock  # part of what a generation is given
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,43 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from sparsemm_lmms.kernels import append, evict, ragged_decode, store_places
+from sparsemm_lmms.cpu_kernels import decode_plan
+from sparsemm_lmms.handoff import hand_on
+from sparsemm_lmms.kernels import DecodePlan, append, evict, ragged_decode
 from sparsemm_lmms.methods import Method
-from sparsemm_lmms.selection import reselect, select
+from sparsemm_lmms.scorers.base import LayerView
+from sparsemm_lmms.selection import Selection, select
 
 OLD_CACHE_NAME = "past_key_values"  # of a model's argument and output until transformers 5.23, an alias since
-CACHE_NAME = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else OLD_CACHE_NAME
+CACHE_NAME = "cache" if "cache" in {known.name for known in fields(GenerateDecoderOnlyOutput)} else OLD_CACHE_NAME
 DEFAULT_ROOM = 128  # tokens that a segment can take up when the caller does not say how many are to come
-_handoff = threading.local()  # the layer whose `update` ran last: attention follows it in the same layer
+
+
+@dataclass
+class Prompt:
+    """What the layers of one prompt share while it is compressed.
+
+    Attributes:
+        vision, rotary, state: see `LayerView`.
+        observed: what a cascading allocator saw of each layer.
+        chosen: what each layer keeps, while a later one may shrink it.
+    """
+
+    vision: Tensor | None = None
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    observed: list[np.ndarray] = field(default_factory=list)
+    chosen: list[tuple[RaggedLayer, Selection]] = field(default_factory=list)
+
+    def add(self, layer: RaggedLayer, chosen: Selection) -> None:
+        """Note a layer that has been compressed, and shrink those before it."""
+        if chosen.ranking is None:
+            return
+        pairs = zip(self.chosen, chosen.earlier, strict=True)
+        self.chosen = [(earlier, earlier.shrink(outside, kept)) for (earlier, kept), outside in pairs]
+        self.chosen.append((layer, chosen))
+        if len(self.chosen) == layer.method.model.num_layers:
+            self.chosen = []  # nothing is shrunk any more
 
 
 @dataclass
@@ -33,12 +62,14 @@ class Step:
         tokens: columns of this pass.
         new_count: the same as int32 `[batch]` on the device, or None when no sequence is padded.
         compress: choose again what to keep once these tokens are appended.
+        prompt: what the layers share while they choose.
     """
 
     counts: tuple[int, ...]
     tokens: int
     new_count: Tensor | None = None
     compress: bool = False
+    prompt: Prompt = field(default_factory=Prompt, compare=False)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -68,9 +99,7 @@ class RaggedLayer(CacheLayerMixin):
         self.keys = self.values = torch.empty(0)
         self.start = self.length = self.capacity = self.overflow = self.index = torch.empty(0, dtype=torch.int32)
         self.kept: np.ndarray = np.zeros((0, 0), dtype=np.int64)
-        self.stride: int | None = None  # rows from one segment to the next, when all have the same capacity
-        self.places: Tensor | None = None  # where each row of a small store belongs, on a CPU
-        self.checked = False  # whether a decode step on this store had its arguments checked
+        self.plan: DecodePlan | None = None  # how this store's decode steps are computed
         self.prompt_lengths: tuple[int, ...] = ()
         self.longest = 0  # rows of the largest segment: picks launches, and is the same at every step of a layout
         self.columns = self.seen = self.appended = 0
@@ -90,9 +119,8 @@ class RaggedLayer(CacheLayerMixin):
                 "This cache belongs to a sparsemm_lmms.compress block that has ended: the stock attention cannot read "
                 "it. Generate, streaming threads included, inside the block."
             )
-        _handoff.layer, _handoff.key = self, key_states
         self.seen += key_states.shape[-2]
-        return key_states, value_states
+        return hand_on(key_states, self), value_states
 
     def get_seq_length(self) -> int:
         """Tokens SEEN (positions depend on it), padding included; not the tokens kept."""
@@ -137,13 +165,46 @@ class RaggedLayer(CacheLayerMixin):
             query: `[batch, q_heads, n, head_dim]`; key, value: `[batch, kv_heads, n, head_dim]`, post-RoPE.
             softcap, sinks: of the logits and `[q_heads]`, see `kernels.ragged_decode`.
         """
-        chosen = select(self.method, self.layer_idx, query, key, scaling, step.counts, softcap, sinks)
+        held = np.broadcast_to(np.asarray(step.counts)[:, None], key.shape[:2])
+        pads = None if step.new_count is None else step.tokens - step.new_count.to(key.device)
+        view = self._view(query, key, value, scaling, softcap, sinks, step.prompt, pads, step.prompt.vision)
+        chosen = select(self.method, view, held, step.counts, step.prompt.observed)
         self.index, self.prompt_lengths, self.columns = chosen.index, step.counts, step.tokens
         self.overflow = torch.zeros(1, dtype=torch.int32, device=key.device)  # stays when the store moves
         self._store(key, value, chosen.index, chosen.counts)
+        step.prompt.add(self, chosen)
         if self.silent is not None:  # once: a copy from the host at every step could not be captured
             self.silent = self.silent.to(key.device)
         self.is_initialized = True
+
+    def _view(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        prompt: Prompt,
+        pad: Tensor | None = None,
+        vision: Tensor | None = None,
+    ) -> LayerView:
+        config = self.method.config
+        return LayerView(
+            self.layer_idx,
+            query,
+            key,
+            scaling,
+            window=min(config.window_size, key.shape[2]),
+            pad=pad,
+            softcap=softcap,
+            sinks=sinks,
+            vision=vision,
+            rotary=prompt.rotary,
+            state=prompt.state,
+            backend=config.kernel_backend,
+            values=value,
+        )
 
     def _store(self, key: Tensor, value: Tensor, index: Tensor, counts: np.ndarray) -> None:
         """Copy the columns `index` of key and value, the first `counts` of each head, into a fresh store."""
@@ -173,8 +234,7 @@ class RaggedLayer(CacheLayerMixin):
         new = key.to(self.keys.dtype), value.to(self.values.dtype)
         new_count = None if step.new_count is None else step.new_count.to(key.device)
         store = self.keys, self.values, self.start, self.length
-        checked = tokens == 1 and self.checked
-        append(*store, self.capacity, *new, self.overflow, new_count, checked=checked, backend=backend)
+        append(*store, self.capacity, *new, self.overflow, new_count, plan=self.plan, backend=backend)
         self.appended += tokens
         if new_count is not None:
             self.padded_until = self.appended
@@ -186,18 +246,17 @@ class RaggedLayer(CacheLayerMixin):
             sinks=sinks,
             new_count=new_count,
             max_length=self.longest,
-            uniform_stride=self.stride,
-            places=self.places,
-            checked=checked,
+            plan=self.plan,
             backend=backend,
         )
-        self.checked = tokens == 1
         if step.compress:
-            self._compress_again(query, scaling, softcap, sinks)
+            self._compress_again(query, scaling, softcap, sinks, step.prompt)
         return output
 
-    def _compress_again(self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None) -> None:
-        """Choose what the one sequence keeps of all it holds, the newest tokens included (see `reselect`)."""
+    def _compress_again(
+        self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None, prompt: Prompt
+    ) -> None:
+        """Choose what the one sequence keeps of all it holds, judged by its newest tokens (see `select`)."""
         held = self.length[0].cpu().numpy().astype(np.int64)  # not `appended`, which counts padding as well
         new = int(held[0] - self.kept[0, 0])
         longest, seen = int(held.max()), self.prompt_lengths[0] + new
@@ -205,7 +264,8 @@ class RaggedLayer(CacheLayerMixin):
         column = torch.arange(longest, device=device)
         slot = (column - (longest - torch.as_tensor(held, device=device)[:, None])).clamp(min=0)  # right-aligned
         key, value = (x[self.start[0, :, None] + slot][None] for x in (self.keys, self.values))
-        chosen = reselect(self.method, self.layer_idx, query, key, scaling, held, seen, softcap, sinks)
+        view = self._view(query, key, value, scaling, softcap, sinks, prompt)
+        chosen = select(self.method, view, held[None], (seen,), prompt.observed)
         kept = torch.as_tensor(self.kept[0], device=device)[:, None]
         last = self.index.shape[2] - 1
         columns = torch.where(
@@ -216,6 +276,40 @@ class RaggedLayer(CacheLayerMixin):
         self._store(key, value, chosen.index, chosen.counts)
         self.columns, self.prompt_lengths = self.columns + new, (seen,)
         self.appended = self.taken = self.padded_until = 0
+        prompt.add(self, chosen)
+
+    def shrink(self, outside: np.ndarray, chosen: Selection) -> Selection:
+        """Keep less of a prompt: what a cascading allocator leaves this layer once it has seen a later one.
+
+        Args:
+            outside: int64 `[batch, kv_heads]`, tokens outside the window.
+            chosen: what the layer keeps now, with its ranking.
+
+        Returns:
+            What it keeps then.
+
+        Raises:
+            ValueError: if a head would have to keep more than it does.
+        """
+        ranking = chosen.ranking
+        assert ranking is not None  # a cascading allocator's selections have one
+        room = chosen.counts - np.minimum(ranking.held, ranking.window)
+        outside = np.minimum(outside, np.maximum(ranking.held - ranking.window, 0))
+        if (outside > room).any():
+            raise ValueError(
+                f"{type(self.method.allocator).__name__} gives layer {self.layer_idx} {outside.max()} tokens a head "
+                f"after {room.max()}: what was evicted is gone, so counts_so_far may only shrink."
+            )
+        if (outside == room).all():
+            return chosen
+        fewer = ranking.first(outside)
+        last = torch.as_tensor(chosen.counts - 1, device=self.index.device)[..., None]
+        slot = torch.searchsorted(chosen.index, fewer.index).minimum(last)
+        key, value = (x[self.start[..., None] + slot] for x in (self.keys, self.values))
+        self.index = self.index.gather(2, slot)
+        every = torch.arange(slot.shape[2], dtype=torch.int32, device=slot.device).expand(slot.shape).contiguous()
+        self._store(key, value, every, fewer.counts)
+        return Selection(fewer.index, fewer.counts, ranking)
 
     def take_back(self, tokens: int, counts: Tensor | None = None) -> None:
         """See `RaggedCache.take_back`."""
@@ -258,14 +352,11 @@ class RaggedLayer(CacheLayerMixin):
         slots, dim, device = int(ends[-1, -1]), like.shape[-1], like.device
         if slots >= 2**31:
             raise ValueError(f"{slots} cache slots in one layer exceed int32 addressing; lower batch_size or budget.")
-        make = torch.empty if like.is_cuda else torch.zeros  # zeros: see `places` of ragged_decode
-        self.keys, self.values = (make(slots, dim, dtype=like.dtype, device=device) for _ in range(2))
         self.start = torch.as_tensor(ends - capacity, dtype=torch.int32, device=device)
         self.capacity = torch.as_tensor(capacity, dtype=torch.int32, device=device)
         self.longest = int(capacity.max())
-        self.checked = False
-        self.places = store_places(self.start, self.capacity, slots, self.method.model.q_heads, dim)
-        self.stride = int(capacity[0, 0]) if (capacity == capacity[0, 0]).all() else None
+        self.plan = decode_plan(self.start, self.capacity, slots, self.method.model.q_heads, dim)
+        self.keys, self.values = self.plan.new_store(like.dtype)
 
     def _relayout(self, sequences: Tensor | None, room: int | None = None) -> None:
         """Copy the segments of `sequences` (all when None) into a fresh store, with `room` for new tokens."""
@@ -314,6 +405,7 @@ class RaggedCache(Cache):
         self.method = method
         self.step: Step | None = None
         self.compress_next = False
+        self.rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # of the model, for scorers
 
     def close(self) -> None:
         """Take no more tokens: the session is over. What is kept can still be read."""
@@ -327,8 +419,18 @@ class RaggedCache(Cache):
         made.__dict__ = copy.deepcopy(self.__dict__, memo)
         return made
 
-    def begin(self, tokens: int, batch: int, attention_mask: Tensor | None, device: torch.device) -> None:
-        """Note what the coming forward pass brings: which of its columns are left padding.
+    def begin(
+        self,
+        tokens: int,
+        batch: int,
+        attention_mask: Tensor | None,
+        device: torch.device,
+        vision: Tensor | None = None,
+    ) -> None:
+        """Note what the coming forward pass brings: which of its columns are left padding, and which are images.
+
+        Args:
+            vision: bool `[batch, tokens]`, the image and video tokens, or None where that is not known.
 
         Raises:
             ValueError: for a mask that is not `[batch, seen + tokens]` or that pads on the right.
@@ -337,6 +439,7 @@ class RaggedCache(Cache):
         if tokens == 1 and seen and not self.compress_next and self.step == Step((1,) * batch, 1):
             return  # one more token for every sequence, which is never padding: every layer knows
         self.step = _read_step(tokens, batch, attention_mask, seen, device)
+        self.step.prompt = Prompt(vision=None if seen else vision, rotary=self.rotary)
         if seen and tokens > 1 and attention_mask is not None:
             self._check_mask_of_the_past(attention_mask[:, :seen])
         if self.compress_next:

@@ -1,6 +1,6 @@
 """The methods by name: which scorer ranks the tokens of a head, and which allocator says how many it keeps.
 
-The only list of method names: lmms-eval's manifest, VLMEvalKit's names, sweeps, figures, cards and the README's table read
+The only list of method names: lmms-eval's manifest, VLMEvalKit's names, sweeps, figures, cards and the docs read
 it. Imported at every start of lmms-eval, so nothing heavy may be imported here.
 """
 
@@ -47,3 +47,8 @@ METHODS = {
     "mask_random": Preset(None, "mask_random", "all", "all; as many other heads (`seed`) are silenced: the control"),
 }
 """Method name -> what it is made of, in the order of tables."""
+
+FREE = "compressed"
+"""The name under which hosts offer any scorer with any allocator: `<family>_compressed`."""
+FREE_PARTS = {"scorer": "window_attention", "allocator": "uniform"}
+"""Its two arguments of their own, and their defaults."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,28 @@ from torch import Tensor
 
 from sparsemm_lmms.budgets import sparsemm_capacities, visual_shares
 from sparsemm_lmms.config import CompressionConfig
-from sparsemm_lmms.kernels import window_score
-from sparsemm_lmms.methods import METHODS, LayerPrompt, Method, Model
+from sparsemm_lmms.methods import LayerPrompt, Method, Model, find_method
+from sparsemm_lmms.scorers.base import LayerView
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The columns before the window, the best first, from which any number may be kept.
+
+    Attributes:
+        best: int64 `[batch, kv_heads, most]`.
+        held: int64 `[batch, kv_heads]` on the host: real columns of each head, the window included.
+        columns, window: of the prompt.
+    """
+
+    best: Tensor
+    held: np.ndarray
+    columns: int
+    window: int
+
+    def first(self, outside: np.ndarray) -> Selection:
+        """Keep the best `outside` `[batch, kv_heads]` columns of each head, and the window."""
+        return _gather_columns(self.best, outside, self.held, self.columns, self.window)
 
 
 @dataclass(frozen=True)
@@ -21,117 +42,66 @@ class Selection:
     Attributes:
         index: int32 `[batch, kv_heads, most]` on the device of the keys, ascending columns; the first `counts` count.
         counts: int64 `[batch, kv_heads]` on the host, window included.
+        ranking: for a method that may later keep less of it, else None.
+        earlier: what a cascading allocator now gives the layers before: int64 `[batch, kv_heads]` of each, window
+            not included.
     """
 
     index: Tensor
     counts: np.ndarray
+    ranking: Ranking | None = None
+    earlier: list[np.ndarray] = field(default_factory=list)
 
 
 def select(
-    method: Method,
-    layer_idx: int,
-    query: Tensor,
-    key: Tensor,
-    scaling: float,
-    prompt_lengths: tuple[int, ...],
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    method: Method, view: LayerView, held: np.ndarray, seen: tuple[int, ...], observed: list[Any] | None = None
 ) -> Selection:
-    """Choose what each kv head of one layer keeps of its prompt.
+    """Choose what each kv head of one layer keeps: of its prompt, or again of what it holds.
 
     Args:
-        query: post-RoPE queries `[batch, q_heads, n, head_dim]`.
-        key: post-RoPE keys `[batch, kv_heads, n, head_dim]`.
-        scaling: factor of q.k (`head_dim ** -0.5`).
-        prompt_lengths: real tokens of each sequence; the rest of the n columns is padding on the left.
-        softcap, sinks: see `kernels.window_score`; sinks `[q_heads]`.
-    """
-    config, (batch, heads, columns) = method.config, key.shape[:3]
-    window = min(config.window_size, columns)
-    lengths = tuple(max(length - window, 0) for length in prompt_lengths)
-    pads = [columns - length for length in prompt_lengths]
-    if max(lengths) == 0 or not method.compresses or all(n < config.budget for n in prompt_lengths):
-        outside = np.broadcast_to(np.asarray(lengths)[:, None], (batch, heads))
-        newest_first = torch.arange(columns - window - 1, -1, -1, device=key.device)  # so that padding comes last
-        prefix = newest_first.expand(batch, heads, -1)
-    else:
-        scores = _scores(method, query, key, scaling, pads, softcap, sinks)
-        outside = method.counts(LayerPrompt(layer_idx, scores, lengths))
-        prefix = _best(scores, int(outside.max()))
-    return _gather_columns(prefix, outside, pads, columns, window)
-
-
-def reselect(
-    method: Method,
-    layer_idx: int,
-    query: Tensor,
-    key: Tensor,
-    scaling: float,
-    held: np.ndarray,
-    seen: int,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Selection:
-    """Choose again from what the heads of ONE sequence hold, judged by its newest tokens.
-
-    The rules are those of the prompt, with `seen` in the place of its length; a head cannot keep more than it holds.
-
-    Args:
-        query: post-RoPE queries of the newest tokens `[1, q_heads, t, head_dim]`; the last `window_size` of them judge.
-        key: `[1, kv_heads, m, head_dim]`; head h holds the last `held[h]` columns, all before is padding.
-        held: int64 `[kv_heads]` on the host.
-        seen: tokens of the sequence so far, evicted ones included.
-        softcap, sinks: see `select`.
+        view: the layer; its queries are those of the prompt, or of the newest tokens, which judge.
+        held: int64 `[batch, kv_heads]` on the host: head h of sequence b holds the last `held[b, h]` columns of the
+            keys, all before is padding. Of a prompt all heads hold the same.
+        seen: tokens of each sequence so far, evicted ones included; of a prompt that is its length.
+        observed: what a cascading allocator saw of the layers before; this layer's number is added.
 
     Returns:
-        Columns of `key` and counts.
+        Columns of `view.key` and counts. A sequence shorter than the budget is kept whole, and no head keeps more than
+        it holds.
     """
-    heads, columns = key.shape[1:3]
-    window = min(method.config.window_size, columns)
-    pads = [columns - int(count) for count in held]
-    room = np.maximum(held - window, 0)[None]
-    if not method.compresses or columns == window or seen < method.config.budget:
-        outside = room
-        prefix = torch.arange(columns - window - 1, -1, -1, device=key.device).expand(1, heads, -1)
+    (batch, heads, columns), window = view.key.shape[:3], view.window
+    room = np.maximum(held - window, 0)
+    lengths = tuple(max(tokens - window, 0) for tokens in seen)
+    if room.max() == 0 or all(map(method.keeps_whole, lengths)):
+        newest_first = torch.arange(columns - window - 1, -1, -1, device=view.key.device)  # so that padding comes last
+        return Ranking(newest_first.expand(batch, heads, -1), held, columns, window).first(room)
+    scores = scored(method, view, held)
+    prompt = LayerPrompt(view.layer_idx, scores, lengths)
+    if not method.allocator.cascades:
+        outside = np.minimum(method.counts(prompt), room)
+        return Ranking(_best(scores, int(outside.max())), held, columns, window).first(outside)
+    *earlier, outside = method.cascade(view, prompt, [] if observed is None else observed)
+    outside = np.minimum(outside, room)
+    ranking = Ranking(_best(scores, int(outside.max())), held, columns, window)
+    chosen = ranking.first(outside)
+    return Selection(chosen.index, chosen.counts, ranking, earlier)
+
+
+def scored(method: Method, view: LayerView, held: np.ndarray) -> Tensor:
+    """float32 `[batch, kv_heads, L]`: the scorer's scores of the columns before the window; -inf in the padding."""
+    assert method.scorer is not None  # a method that compresses has one
+    batch, heads, columns = view.key.shape[:3]
+    pads = columns - held
+    if (pads != pads[:, :1]).any():  # every head is a sequence of its own: its padding is its own
+        own = view.by_head(torch.as_tensor(pads.ravel(), dtype=torch.int32, device=view.key.device))
+        scores = method.scorer.score(own).unflatten(0, (batch, heads))[:, :, 0]
     else:
-        rows = query[0].unflatten(0, (heads, -1))  # every head is a sequence of its own: its padding is its own
-        own = None if sinks is None else sinks.view(heads, -1)
-        scores = _scores(method, rows, key.transpose(0, 1), scaling, pads, softcap, own)
-        scores = scores[..., : columns - window].transpose(0, 1)
-        outside = np.minimum(method.counts(LayerPrompt(layer_idx, scores, (seen - window,))), room)
-        prefix = _best(scores, int(outside.max()))
-    chosen = _gather_columns(prefix.transpose(0, 1), outside.T, pads, columns, window)
-    return Selection(chosen.index.transpose(0, 1).contiguous(), chosen.counts.T)
-
-
-def _scores(
-    method: Method,
-    query: Tensor,
-    key: Tensor,
-    scaling: float,
-    pads: list[int],
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """float32 `[batch, kv_heads, L]` over the columns before the window; -inf in the padding."""
-    config, columns = method.config, key.shape[2]
-    pad = torch.tensor(pads, dtype=torch.int32, device=key.device) if any(pads) else None
-    if method.scorer == "window":
-        return window_score(
-            query[:, :, -config.window_size :],
-            key,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
-            kernel_size=config.kernel_size,
-            pooling=config.pooling,
-            gqa_func=config.gqa_func,
-            pad=pad,
-            backend=config.kernel_backend,
-        )
-    recency = torch.arange(columns - config.window_size, dtype=torch.float32, device=key.device)
-    scores = recency.expand(key.shape[0], key.shape[1], -1)
-    return scores if pad is None else scores.masked_fill(recency < pad[:, None, None], float("-inf"))
+        scores = method.scorer.score(view)
+    scores = scores[..., : view.length]
+    if not pads.any():
+        return scores
+    hidden = torch.arange(view.length, device=scores.device) < torch.as_tensor(pads, device=scores.device)[..., None]
+    return scores.masked_fill(hidden, float("-inf"))
 
 
 def _best(scores: Tensor, most: int) -> Tensor:
@@ -148,14 +118,14 @@ def _best(scores: Tensor, most: int) -> Tensor:
     return last - order[..., :most]
 
 
-def _gather_columns(prefix: Tensor, outside: np.ndarray, pads: list[int], columns: int, window: int) -> Selection:
+def _gather_columns(prefix: Tensor, outside: np.ndarray, held: np.ndarray, columns: int, window: int) -> Selection:
     """Join the best `outside[b, h]` of the ranked `prefix` columns with the window, ascending."""
     device, (batch, heads, most) = prefix.device, prefix.shape
     take = torch.tensor(outside, device=device)[..., None]
-    first = torch.tensor(pads, device=device)[:, None, None]
+    first = torch.tensor(columns - held, device=device)[..., None]
     tail = torch.arange(columns - window, columns, device=device).expand(batch, heads, -1)
     dropped = torch.cat([torch.arange(most, device=device) >= take, tail < first], dim=-1)
-    counts = outside + np.minimum(columns - np.asarray(pads), window)[:, None]
+    counts = outside + np.minimum(held, window)
     index = torch.cat([prefix, tail], dim=-1).to(torch.int32).masked_fill_(dropped, columns)
     index = index.sort(dim=-1).values if index.is_cuda else torch.from_numpy(np.sort(index.numpy(), axis=-1))
     return Selection(index[..., : int(counts.max())].contiguous(), counts)
@@ -170,17 +140,9 @@ def kept_positions(
     num_layers: int = 1,
     layer_idx: int = 0,
     head_scores: np.ndarray | Tensor | None = None,
-    window_size: int = 32,
-    kernel_size: int = 5,
-    pooling: str = "avgpool",
-    gqa_func: str = "mean",
-    ratio: float = 0.1,
-    floor_ratio: float = 0.2,
-    normalize: bool = True,
-    skip: int = 0,
-    beta: int = 20,
-    redistribute: bool = False,
-    seed: int = 0,
+    value: Tensor | None = None,
+    vision: Tensor | None = None,
+    **settings: Any,
 ) -> list[Tensor]:
     """Positions that `method` keeps of one layer's prompt, with the very code that the cache runs.
 
@@ -190,6 +152,9 @@ def kept_positions(
         budget: tokens per kv head on average, window included.
         num_layers, layer_idx: depth of the model and which layer this is (pyramidkv, sparsemm, adakv's `skip`).
         head_scores: `[layers, q_heads]`, for sparsemm.
+        value: `[kv_heads, n, head_dim]`, for scorers that read values.
+        vision: bool `[n]`, the image tokens, for scorers that tell them apart.
+        settings: the other settings of `CompressionConfig`.
 
     Returns:
         For each kv head an int64 tensor of ascending positions, window included.
@@ -204,15 +169,21 @@ def kept_positions(
         )
     if not 0 <= layer_idx < num_layers:
         raise ValueError(f"layer_idx={layer_idx} must lie in 0..{num_layers - 1} (num_layers={num_layers}).")
-    config = CompressionConfig(
-        method=method, budget=budget, window_size=window_size, kernel_size=kernel_size, pooling=pooling,
-        gqa_func=gqa_func, ratio=ratio, floor_ratio=floor_ratio, normalize=normalize, skip=skip, beta=beta,
-        redistribute=redistribute, seed=seed,
-    )  # fmt: skip
+    config = CompressionConfig(method=method, budget=budget, **settings)
     model = Model(num_layers, query.shape[0], key.shape[0])
     built = build_method(config, model, None if head_scores is None else np.asarray(head_scores, dtype=np.float64))
-    scaling = query.shape[-1] ** -0.5
-    chosen = select(built, layer_idx, query[None], key[None], scaling, (key.shape[1],))
+    tokens = key.shape[1]
+    view = LayerView(
+        layer_idx,
+        query[None],
+        key[None],
+        query.shape[-1] ** -0.5,
+        min(config.window_size, tokens),
+        values=None if value is None else value[None],
+        vision=None if vision is None else vision[None],
+        backend=config.kernel_backend,
+    )
+    chosen = select(built, view, np.full((1, key.shape[0]), tokens), (tokens,))
     return [row[:count].long() for row, count in zip(chosen.index[0], chosen.counts[0].tolist(), strict=True)]
 
 
@@ -238,5 +209,4 @@ def build_method(config: CompressionConfig, model: Model, head_scores: np.ndarra
     Raises:
         ValueError: head scores that the method needs are missing or of another shape.
     """
-    cls = METHODS[config.method]
-    return cls(config, model, head_scores if cls.needs_head_scores else None)
+    return Method(config, model, head_scores if find_method(config.method).needs_head_scores else None)

@@ -18,7 +18,7 @@ from sparsemm_lmms.attention import PREFIX, register
 from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
-from sparsemm_lmms.methods import METHODS, Model
+from sparsemm_lmms.methods import Model, find_method
 from sparsemm_lmms.selection import build_method
 
 
@@ -189,7 +189,7 @@ def model_shape(model: PreTrainedModel) -> Model:
 
 
 def _score_values(config: CompressionConfig, head_scores: HeadScores | None, model_type: str) -> np.ndarray | None:
-    if METHODS[config.method].needs_head_scores:
+    if find_method(config.method).needs_head_scores:
         if head_scores is None:
             raise ValueError(
                 f"method={config.method!r} needs head_scores: pass HeadScores.load(path); `sparsemm-lmms chase` makes "

@@ -21,11 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsemm_lmms.cli import tasks_folder
-from sparsemm_lmms.config import unknown_name
 from sparsemm_lmms.failures import cause, is_refusal, sentence
 from sparsemm_lmms.json_files import one_line
 from sparsemm_lmms.model_wrappers.names import FAMILIES, METHODS
 from sparsemm_lmms.reports.results import KEY, read_results
+from sparsemm_lmms.settings import unknown_name
 
 app = typer.Typer()
 OURS = [f"{family}_{method}" for family in FAMILIES for method in METHODS]

@@ -235,7 +235,7 @@ class CompressedChatModel(CompressedModel, lmms):
 
     def _announce(self, model_args: dict[str, Any]) -> None:
         self._say(f"Settings: {json.dumps(self.settings(), default=str)}")
-        if unused := [name for name in unused_settings(self.method) if name in model_args]:
+        if unused := [name for name in unused_settings(self.compression.method) if name in model_args]:
             self._say(f"{', '.join(unused)} without effect: {self.method} does not use it.", "WARNING")
 
     def _say(self, message: str, level: str = "INFO") -> None:

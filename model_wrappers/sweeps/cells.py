@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsemm_lmms.config import unknown_name
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import (
@@ -24,6 +23,7 @@ from sparsemm_lmms.model_wrappers.arguments import (
     split_arguments,
 )
 from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
+from sparsemm_lmms.settings import unknown_name
 from sparsemm_lmms.visual_heads.resolve import WORDS
 
 FAMILIES = {family.name: family for family in (LLAVA_NEXT, QWEN2_VL)}

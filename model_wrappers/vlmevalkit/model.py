@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from loguru import logger
 from PIL import Image
 
-from sparsemm_lmms.config import CompressionConfig, parse_value, unknown_name
+from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import DEMO, RunOptions, split_arguments
 from sparsemm_lmms.model_wrappers.compressed import CompressedModel
@@ -29,6 +29,7 @@ from sparsemm_lmms.model_wrappers.generation import GenerationSettings
 from sparsemm_lmms.model_wrappers.loading import resolve_device
 from sparsemm_lmms.model_wrappers.vlmevalkit.names import BASES, listed_names, name_suffix, parse_name, telling_settings
 from sparsemm_lmms.session import compress
+from sparsemm_lmms.settings import parse_value, unknown_name
 
 GENERATIONS = ("greedy", "stock")
 TOLD = ("dtype", "attn_implementation", "compress_before_question", "system_prompt", "head_scores")

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsemm_lmms.config import CompressionConfig, parse_value, unknown_name
+from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import known_settings, unused_settings
+from sparsemm_lmms.settings import parse_value, unknown_name
 
 
 @dataclass(frozen=True)

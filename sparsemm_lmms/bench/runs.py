@@ -15,10 +15,11 @@ from transformers import StoppingCriteriaList
 from sparsemm_lmms import decode
 from sparsemm_lmms.bench.tensor_log import TensorLog
 from sparsemm_lmms.cache import CACHE_NAME, RaggedCache, RaggedLayer
-from sparsemm_lmms.config import CompressionConfig, unknown_name
+from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.session import CompressionSession, compress, model_shape
+from sparsemm_lmms.settings import unknown_name
 from sparsemm_lmms.step_clock import StepClock
 
 STOCK = ("stock", "stock-static")

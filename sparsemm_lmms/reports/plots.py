@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsemm_lmms.config import unknown_name
 from sparsemm_lmms.reports.paper import published
 from sparsemm_lmms.reports.statistics import CONTROLS, Block, Row
 from sparsemm_lmms.reports.tables import budgets, draws_text
+from sparsemm_lmms.settings import unknown_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,14 +21,13 @@ def budget_table(
     """
     import torch
 
-    from sparsemm_lmms.methods import METHODS
-    from sparsemm_lmms.methods.base import LayerPrompt, Model
+    from sparsemm_lmms.methods import LayerPrompt, Method, Model
 
     if kv_heads < 1 or scores.heads % kv_heads:
         raise ValueError(f"kv_heads={kv_heads} must divide the {scores.heads} query heads of these scores.")
     if config.redistribute and prompt_length is None:
         raise ValueError("redistribute depends on the prompt; give its length.")
-    method = METHODS["sparsemm"](config, Model(scores.layers, scores.heads, kv_heads), scores.values)
+    method = Method(config, Model(scores.layers, scores.heads, kv_heads), scores.values)
     window, length = config.window_size, 0
     if prompt_length is not None:
         window = min(config.window_size, prompt_length)

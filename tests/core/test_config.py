@@ -9,7 +9,7 @@ import pytest
 from sparsemm_lmms import CompressionConfig
 
 BAD = [
-    ({"budget": 0}, "budget=0 must be larger than window_size=32"),
+    ({"budget": 0}, "budget=0 must be at least 1"),
     ({"budget": -1}, "budget=-1"),
     ({"budget": 32}, "budget=32 must be larger than window_size=32"),
     ({"budget": "abc"}, "budget='abc' is not a whole number"),
@@ -62,8 +62,12 @@ def test_unknown_argument_names_the_nearest():
 
 
 def test_strings_of_a_command_line():
-    config = CompressionConfig.from_dict({"budget": "64", "redistribute": "True", "ratio": "0.2", "normalize": "no"})
-    assert (config.budget, config.redistribute, config.ratio, config.normalize) == (64, True, 0.2, False)
+    given = {"method": "adakv", "budget": "64", "redistribute": "True", "floor_ratio": "0.3", "normalize": "no"}
+    config = CompressionConfig.from_dict({**given, "ratio": "0.2"})
+    assert (config.budget, config.redistribute, config.floor_ratio, config.normalize) == (64, True, 0.3, False)
+    assert "ratio" not in config.to_dict()  # of another method: checked, and left out
+    with pytest.raises(AttributeError, match="method 'adakv' has no setting 'ratio'"):
+        _ = config.ratio
 
 
 @pytest.mark.parametrize(

@@ -286,9 +286,8 @@ def test_launches_do_not_depend_on_the_step(loaded, monkeypatch):
     decode = cache_module.ragged_decode
 
     def noted_decode(*tensors, **numbers):
-        checked = numbers.pop("checked")  # the first step's arguments are checked; a launch does not know
         steps[-1].append({name: x for name, x in numbers.items() if not isinstance(x, torch.Tensor)})
-        return decode(*tensors, **numbers, checked=checked)
+        return decode(*tensors, **numbers)
 
     monkeypatch.setattr(cache_module, "ragged_decode", noted_decode)
     with compress(model, settings("replayed"), scores_for("sparsemm")) as session:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from sparsemm_lmms import CompressionConfig
 from sparsemm_lmms.methods import Model
-from sparsemm_lmms.selection import _scores, build_method, reselect, select
+from sparsemm_lmms.selection import build_method, scored
 
-from . import slow
+from . import slow, views
 
 METHODS = ["snapkv", "local_window", "sparsemm", "pyramidkv", "adakv", "fullkv"]
 DIM = 4
@@ -58,7 +58,7 @@ def test_a_padded_batch_of_prompts(
     columns = max(lengths)
     query = torch.randn(len(lengths), model.q_heads, columns, DIM, generator=dice)
     key = torch.randn(len(lengths), model.kv_heads, columns, DIM, generator=dice)
-    chosen = select(build_method(config, model, table), layer, query, key, DIM**-0.5, lengths)
+    chosen = views.of_prompt(build_method(config, model, table), layer, query, key, DIM**-0.5, lengths)
     for b, length in enumerate(lengths):
         pad = columns - length
         # the window of a batch is that of its longest prompt
@@ -84,7 +84,7 @@ def test_choosing_again_from_what_the_heads_hold(
     columns = max(held)
     key = torch.stack([torch.cat([torch.full((columns - len(k), DIM), 99.0), k]) for k in keys])[None]
     method = build_method(config, model, table)
-    chosen = reselect(method, layer, query, key, DIM**-0.5, np.array(held), seen)
+    chosen = views.again(method, layer, query, key, DIM**-0.5, np.array(held), seen)
     wanted = slow.keep(config, model, table, layer, query[0], keys, seen)
     for h, count in enumerate(held):
         index = chosen.index[0, h, : chosen.counts[0, h]] - (columns - count)
@@ -95,7 +95,7 @@ def test_a_head_gives_no_more_than_it_holds_outside_the_window() -> None:
     config = CompressionConfig(method="snapkv", budget=10, window_size=4)
     key, query = torch.randn(1, 3, 20, DIM), torch.randn(1, 3, 5, DIM)
     held = np.array([20, 7, 3])
-    chosen = reselect(build_method(config, Model(1, 3, 3)), 0, query, key, 0.5, held, 40)
+    chosen = views.again(build_method(config, Model(1, 3, 3)), 0, query, key, 0.5, held, 40)
     assert chosen.counts.tolist() == [[10, 7, 3]]
     assert rows(chosen.index[0, 1:], chosen.counts[0, 1:]) == [list(range(13, 20)), [17, 18, 19]]
 
@@ -104,7 +104,8 @@ def test_a_head_gives_no_more_than_it_holds_outside_the_window() -> None:
 def test_scores_are_of_the_real_columns(method: str) -> None:
     config = CompressionConfig(method=method, budget=10, window_size=4)
     query, key = torch.randn(3, 2, 12, DIM), torch.randn(3, 2, 12, DIM)
-    scores = _scores(build_method(config, Model(1, 2, 2)), query, key, 0.5, [0, 3, 7], None, None)
+    built, pads = build_method(config, Model(1, 2, 2)), torch.tensor([0, 3, 7], dtype=torch.int32)
+    scores = scored(built, views.view(built, 0, query, key, 0.5, pad=pads), 12 - np.array([[0, 0], [3, 3], [7, 7]]))
     for b, pad in enumerate([0, 3, 7]):
         assert scores[b].isfinite().tolist() == [[column >= pad for column in range(8)]] * 2
     if method == "local_window":

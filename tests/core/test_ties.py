@@ -8,7 +8,9 @@ import torch
 
 from sparsemm_lmms import CompressionConfig
 from sparsemm_lmms.methods import METHODS, LayerPrompt, Model
-from sparsemm_lmms.selection import _best, build_method, select
+from sparsemm_lmms.selection import _best, build_method
+
+from .views import of_prompt
 
 COMPRESSING = [name for name, method in METHODS.items() if method.compresses]
 
@@ -31,9 +33,9 @@ def test_a_padded_batch_keeps_what_one_prompt_keeps(method: str, pooling: str, s
         q, k = (torch.randn(1, h, n, d, generator=g) * s for h, s in ((4, scale), (2, 1.0)))
         other = [torch.randn(1, h, n + pad, d, generator=g) for h in (4, 2)]
         left = [torch.cat([torch.zeros(1, x.shape[1], pad, d), x], 2) for x in (q, k)]
-        alone = select(built, 1, q, k, d**-0.5, (n,))
+        alone = of_prompt(built, 1, q, k, d**-0.5, (n,))
         rows = [torch.cat(pair) for pair in zip(left, other, strict=True)]
-        batch = select(built, 1, *rows, d**-0.5, (n, n + pad))
+        batch = of_prompt(built, 1, *rows, d**-0.5, (n, n + pad))
         assert alone.counts[0].tolist() == batch.counts[0].tolist()
         for h, count in enumerate(alone.counts[0]):
             assert alone.index[0, h, :count].tolist() == (batch.index[0, h, :count] - pad).tolist()

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 
 from sparsemm_lmms.config import CompressionConfig
-from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.methods.base import Model
+from sparsemm_lmms.methods import Method, Model
 
 SCORES = np.array([[0.0, 5.0, 1.0, 1.0], [4.0, 0.0, 0.0, 3.0]])
 
 
 def masked(method, ratio, seed=0):
     config = CompressionConfig(method=method, mask_ratio=ratio, seed=seed)
-    return METHODS[method](config, Model(2, 4, 2), SCORES).masked_heads()
+    return Method(config, Model(2, 4, 2), SCORES).masked_heads()
 
 
 @pytest.mark.parametrize("ratio, heads", [(0, []), (0.01, [1]), (0.25, [1, 4]), (0.5, [1, 2, 4, 7]), (1, range(8))])
