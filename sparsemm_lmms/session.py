@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
@@ -42,10 +43,14 @@ class CompressionSession:
         self._signature = inspect.signature(model.forward)
         rest = [p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD]
         self._rest = rest[0] if rest else ""
+        self._vision_ids = vision_ids(model)
+        decoder = model.get_decoder()
+        self._rotary_embedding: Any = getattr(decoder, "rotary_emb", None)
 
     def new_cache(self, max_new_tokens: int | None = None) -> RaggedCache:
         """An empty cache for one batch, with room for `max_new_tokens` more tokens (128 when None, then it grows)."""
         self.cache = RaggedCache(self.method, max_new_tokens)
+        self.cache.rotary = self._rotary if self._rotary_embedding is not None else None
         return self.cache
 
     def generate(self, inputs: Tensor | None = None, *, cuda_graph: str = "auto", **kwargs: Any) -> Any:
@@ -80,6 +85,16 @@ class CompressionSession:
         vars(cache).update(vars(fresh))
         return cast(RaggedCache, cache)
 
+    def _vision(self, ids: Tensor) -> Tensor:
+        """bool `[batch, tokens]`: image and video tokens."""
+        return torch.isin(ids, torch.tensor(self._vision_ids, dtype=ids.dtype, device=ids.device))
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the decoder's rotary embedding at these positions `[..., batch, n]`, float32."""
+        embedding = self._rotary_embedding
+        assert embedding is not None
+        return embedding(torch.zeros(1, dtype=torch.float32, device=positions.device), positions)
+
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
         if OLD_CACHE_NAME in kwargs and CACHE_NAME not in kwargs:
@@ -110,7 +125,9 @@ class CompressionSession:
         inputs = given["inputs_embeds"] if given.get("inputs_embeds") is not None else given.get("input_ids")
         if inputs is None:
             raise ValueError("The forward pass has neither input_ids nor inputs_embeds.")
-        cache.begin(inputs.shape[1], inputs.shape[0], given.get("attention_mask"), inputs.device)
+        known = self._vision_ids and given.get("input_ids") is not None
+        vision = self._vision(given["input_ids"]) if known else None
+        cache.begin(inputs.shape[1], inputs.shape[0], given.get("attention_mask"), inputs.device, vision)
         position = list(self._signature.parameters).index(CACHE_NAME)
         if CACHE_NAME in kwargs or len(args) <= position:
             return args, {**kwargs, CACHE_NAME: cache}
@@ -180,6 +197,13 @@ def _prepare_cache(stock: Callable[..., None], generation_config: GenerationConf
                 "they have seen the whole prompt, in a cache of its own; leave it out."
             )
     stock(generation_config, *args, **kwargs)
+
+
+def vision_ids(model: PreTrainedModel) -> list[int]:
+    """Tokens that stand for pieces of images and videos, by the names that configurations of transformers have."""
+    names = (f"{kind}_token_{end}" for kind in ("image", "video") for end in ("id", "index"))
+    found = (getattr(model.config, name, None) for name in names)
+    return sorted({value for value in found if isinstance(value, int)})
 
 
 def model_shape(model: PreTrainedModel) -> Model:
