@@ -136,6 +136,19 @@ def test_the_floor_of_adakv_protects_the_losers() -> None:
         assert found == [wanted], (redistribute, ratio)
 
 
+def test_a_head_of_adakv_is_weighed_by_what_its_best_tokens_hold() -> None:
+    """Of the first head two tokens hold a third of the mass, of the second all of it, whatever the padding."""
+    scores = torch.tensor([[[0.4] * 6, [0.2, 0.2, 0, 0, 0, 0]]])
+    for rows, normalize, wanted in [
+        (scores, True, [2, 2]),
+        (torch.nn.functional.pad(scores, (3, 0), value=float("-inf")), True, [2, 2]),
+        (scores, False, [4, 0]),
+    ]:
+        config = CompressionConfig(method="adakv", budget=6, window_size=4, floor_ratio=0.0, normalize=normalize)
+        found = build_method(config, Model(1, 2, 2)).counts(LayerPrompt(0, rows, (6,)))
+        assert found.tolist() == [wanted]
+
+
 def test_skipped_layers_of_adakv_share_nothing() -> None:
     scores = torch.tensor([[[0.9] * 12, [0.1] * 12]])
     config = CompressionConfig(method="adakv", budget=9, window_size=4, floor_ratio=0.0, skip=2, normalize=False)

@@ -248,6 +248,37 @@ def test_any_conversation(data: st.DataObject) -> None:
         check(*twin)
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [("padded", 3), ("again", 2), ("turn", 1), ("back", 1)],
+        [("turn", 2), ("padded", 3), ("count", 4), ("turn", 3), ("back", 3)],
+        [("padded", 1), ("padded", 1), ("turn", 1), ("back", 1), ("refused", 2), ("count", 2), ("refused", 2)],
+        [("back", 1), ("back", 1), ("back", 1), ("refused", 1), ("again", 2), ("back", 3), ("refused", 1)],
+        [("turn", 2), ("back", 4), ("turn", 1), ("refused", 3), ("back", 2), ("refused", 1)],
+    ],
+    ids=["compressed again", "padding went", "padding stayed", "window", "into the window"],
+)
+def test_what_may_be_taken_back(steps: list[tuple[str, int]]) -> None:
+    """A window of 4 gives up 3 tokens between two compressions; "padded" is a turn behind one column of padding."""
+    config = CompressionConfig(method="snapkv", budget=7, window_size=4)
+    cache = RaggedCache(build_method(config, Model(1, 1, 1)), 20)
+    plain, dice = Plain(config, cache.method.model, None, 20), torch.Generator().manual_seed(0)
+    run(cache, plain, [12], 12, dice)
+    for what, columns in steps:
+        if what in ("turn", "padded", "again"):
+            run(cache, plain, [columns], columns + (what == "padded"), dice, compress=what == "again")
+        elif what == "refused":
+            with pytest.raises(ValueError, match="cannot be taken back"):
+                cache.take_back(columns)
+            assert not plain.may_take_back(columns, False)
+        else:
+            counted = what == "count"
+            cache.take_back(columns, torch.tensor(plain.real(columns), dtype=torch.int32) if counted else None)
+            plain.take_back(columns)
+        check(cache, plain)
+
+
 def test_the_room_doubles() -> None:
     """So that a long answer costs few copies; a prompt that needs more gets just that."""
     config = CompressionConfig(method="snapkv", budget=6, window_size=2)

@@ -154,6 +154,7 @@ def test_what_is_told_apart_depends_on_the_number_of_comparisons() -> None:
 def test_resamples_draw_documents_for_all_columns_at_once() -> None:
     scores = np.array([[0.0, 1.0, 5.0], [1.0, 3.0, 5.0], [0.0, 1.0, 5.0]])
     means = bootstrap_means(scores)
+    assert len(means) == statistics.RESAMPLES
     assert means[:, 1] == pytest.approx(1 + 2 * means[:, 0]) and means[:, 2] == pytest.approx(5)
     drawn = (3 * means[:, 0]).round().astype(int)
     shares = [(drawn == k).mean() for k in range(4)]  # one document of three, three times

@@ -361,11 +361,12 @@ def test_halves_are_the_even_and_the_odd_samples() -> None:
     odd = np.stack([up, up, 13 - up, up, up])  # of five samples, three are even
     assert split_half(odd) == agreement((up + 13 - up + up) / 3, up)
     assert split_half(np.stack([up, 0 * up, up, 0 * up])) is None
+    assert split_half(tables[:4]) == agreement(up, 13 - up) and split_half(tables[:3]) is None
 
 
-def test_groups_are_compared_in_pairs() -> None:
-    dice = np.random.default_rng(0)
-    tables = dice.random((11, 2, 4))
+@pytest.mark.parametrize("count", [9, 11])
+def test_groups_are_compared_in_pairs(count: int) -> None:
+    tables = np.random.default_rng(0).random((count, 2, 4))  # what does not fill a group is left out
     means = [tables[i : i + 3].mean(0) for i in (0, 3, 6)]
     pairs = [agreement(a, b) for a, b in ((means[0], means[1]), (means[0], means[2]), (means[1], means[2]))]
     found = group_agreement(tables, 3)

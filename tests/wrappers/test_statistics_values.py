@@ -32,8 +32,7 @@ def batches(draw: st.DrawFn) -> tuple[Batch, list[bool]]:
     """A batch, and which of its answers are real requests."""
     count = draw(st.integers(1, 4))
     answers = [
-        Answer("", draw(st.integers(1, 9)), draw(st.integers(1, 99)), draw(st.floats(0, 99)))
-        for _ in range(count)
+        Answer("", draw(st.integers(1, 9)), draw(st.integers(1, 99)), draw(st.floats(0, 99))) for _ in range(count)
     ]
     made = batch(
         answers,
