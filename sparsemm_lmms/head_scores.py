@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from sparsemm_lmms._version import __version__
+from sparsemm_lmms.head_statistics import per_image_facts
 from sparsemm_lmms.json_files import quoted, read_json
 
 _KEY = re.compile(r"(\d{1,9})-(\d{1,9})", re.ASCII)
@@ -243,8 +244,6 @@ def _image_facts(columns: list[list[float]]) -> dict[str, Any]:
     images = len(columns[0])
     if images < 4 or any(len(column) != images for column in columns):
         return {}
-    from sparsemm_lmms.visual_heads.statistics import per_image_facts
-
     return {"images": images, **per_image_facts(np.array(columns).T)}
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sparsemm_lmms.head_scores import HeadScores, provenance_path
-from sparsemm_lmms.visual_heads.statistics import split_half
+from sparsemm_lmms.head_statistics import split_half
 from tests.core.golden import SHARED
 
 PUBLISHED = SHARED / "scores" / "llava-v1.6.npz"

@@ -21,8 +21,8 @@ from sparsemm_lmms.kernels.backend import resolve_backend
 from sparsemm_lmms.model_wrappers.compressed import CompressedModel
 from sparsemm_lmms.model_wrappers.loading import checkpoint_path
 from sparsemm_lmms.source_commit import source_commit
+from sparsemm_lmms.visual_heads.checkpoints import checkpoint_version
 from sparsemm_lmms.visual_heads.identity import file_sha256, files_sha256, visible_files
-from sparsemm_lmms.visual_heads.resolve import checkpoint_version
 
 PACKAGES = ("sparsemm-lmms", "torch", "triton", "transformers", "lmms-eval")
 WITHOUT_EFFECT = frozenset(

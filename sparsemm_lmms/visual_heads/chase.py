@@ -27,13 +27,14 @@ from tqdm import tqdm
 
 from sparsemm_lmms._version import __version__
 from sparsemm_lmms.head_scores import HeadScores
+from sparsemm_lmms.head_statistics import per_image_facts
+from sparsemm_lmms.visual_heads.checkpoints import checkpoint_version
 from sparsemm_lmms.visual_heads.identity import differing, sample_sha256
 from sparsemm_lmms.visual_heads.inputs import make_batch
 from sparsemm_lmms.visual_heads.matching import TokenText, TokenTexts
 from sparsemm_lmms.visual_heads.partial import MEND, PartialResults
 from sparsemm_lmms.visual_heads.passes import Tally, free_running, pad_token, teacher_forced
 from sparsemm_lmms.visual_heads.samples import CalibrationSample, SkipLog, Skipped, checked
-from sparsemm_lmms.visual_heads.statistics import per_image_facts
 from sparsemm_lmms.visual_heads.token_grid import Views, grid_for
 
 Mode = Literal["free", "teacher"]
@@ -145,7 +146,6 @@ def score_heads(
 
 def _checkpoint(model: Any, model_id: str | None, revision: str | None) -> str | None:
     """Which weights these are, as far as can be told of a loaded model."""
-    from sparsemm_lmms.visual_heads.resolve import checkpoint_version
 
     name = getattr(model.config, "_name_or_path", "") or model_id
     return checkpoint_version(name, revision, model.config) if name else None

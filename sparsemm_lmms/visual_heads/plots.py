@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsemm_lmms.head_scores import HeadScores
-from sparsemm_lmms.visual_heads.statistics import spearman, top_count, top_overlap, top_share
+from sparsemm_lmms.head_statistics import spearman, top_count, top_overlap, top_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

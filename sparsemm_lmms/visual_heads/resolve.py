@@ -27,17 +27,13 @@ from typing import Any
 
 from loguru import logger
 
-from sparsemm_lmms._version import __version__
-from sparsemm_lmms.head_scores import HeadScores, provenance_path
+from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.visual_heads.chase import ChaseSettings, score_heads, text_shape
-from sparsemm_lmms.visual_heads.identity import file_sha256, visible_files
+from sparsemm_lmms.visual_heads.checkpoints import PACKAGED, checkpoint_version, full_name
 from sparsemm_lmms.visual_heads.render import GeneratedPages
 
-PACKAGED = "head_scores.json"
 WORDS = ("auto", "uniform", "random", "layer_mean", "permuted")
 TRANSFORMATIONS = ("layer_mean", "permuted")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-SMALL = 64 * 2**20  # bytes up to which a file of a checkpoint is told by its content
 # Teacher forcing: one forward a page. A mixture, each answer with the same weight, because users ask short questions as
 # well, and summed scores would be those of the transcriptions, which are about ten times as long.
 AUTO_PAGES = 128
@@ -154,48 +150,6 @@ def _as_config(config: Any) -> Any:
     return built
 
 
-def folder_version(folder: str | os.PathLike[str]) -> str:
-    """12 hex digits that change when a file of a local model does, whichever decides its answers.
-
-    Files count by name and content, in folders inside as well; weights, and what is larger than 64 MiB, by name, size
-    and time. Hidden files and score files do not count: they are no part of the model.
-    """
-    looks: list[tuple[Any, ...]] = []
-    for file in visible_files(Path(folder)):
-        name, facts = file.relative_to(folder).as_posix(), file.stat()
-        if file.suffix.lower() in WEIGHTS or facts.st_size > SMALL:
-            looks.append((name, facts.st_size, facts.st_mtime_ns))
-        elif not _about_scores(file):
-            looks.append((name, facts.st_size, file_sha256(file)))
-    return hashlib.sha256(repr(looks).encode()).hexdigest()[:12]
-
-
-def _about_scores(file: Path) -> bool:
-    """Whether ``chase`` wrote this file."""
-    written = file.name == PACKAGED or file.name.endswith((".provenance.json", ".partial.jsonl"))
-    return written or provenance_path(file).is_file()
-
-
-def checkpoint_version(pretrained: str, revision: str | None, config: Any) -> str:
-    """Which weights these are: our version for a demo model, ``folder_version``, else the commit or the revision."""
-    if _full_name(pretrained).startswith("demo/"):
-        return f"demo {__version__}"
-    if os.path.isdir(pretrained):
-        return folder_version(pretrained)
-    return getattr(config, "_commit_hash", None) or revision or "main"
-
-
-def _full_name(pretrained: str) -> str:
-    """One name for a model, whichever way it is given: ``demo/FAMILY``, the whole path of a folder, or the hub's id."""
-    from sparsemm_lmms.demo import FAMILIES, model_path
-
-    if not os.path.isdir(pretrained):
-        return pretrained
-    folder = Path(pretrained).resolve()
-    demo = [f"demo/{family}" for family in FAMILIES if Path(model_path(family)).resolve() == folder]
-    return demo[0] if demo else str(folder)
-
-
 def _check_origin(
     scores: HeadScores, spec: str, config: Any, pretrained: str, revision: str | None, foreign: bool
 ) -> None:
@@ -207,7 +161,7 @@ def _check_origin(
         return
     here = checkpoint_version(pretrained, revision, config)
     same_kind = kind in (None, config.model_type)
-    same_name = model is None or _full_name(str(model)) == _full_name(pretrained)
+    same_name = model is None or full_name(str(model)) == full_name(pretrained)
     if there is not None:
         same_name &= scores.provenance.get("revision") in (None, revision)
     if same_kind and (there == here or (same_name and there is None)):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparsemm_lmms.head_scores import HeadScores
-from sparsemm_lmms.visual_heads.statistics import agreement, heads_holding, top_count, top_share
+from sparsemm_lmms.head_statistics import agreement, heads_holding, top_count, top_share
 
 # of the provenance, in this order, where a file has it
 FACTS = ("model", "model_type", "kv_heads", "data", "mode", "views", "per_token", "images", "tokens", "tokens_counted")

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
+from sparsemm_lmms.head_statistics import agreement, group_agreement, ranks, spearman, split_half, top_overlap
 from sparsemm_lmms.visual_heads import attention, passes
 from sparsemm_lmms.visual_heads.attention import Watcher, step_weights
 from sparsemm_lmms.visual_heads.chase import ChaseSettings, reduce_records, score_heads
@@ -22,7 +23,6 @@ from sparsemm_lmms.visual_heads.inputs import Batch, make_batch, with_answers
 from sparsemm_lmms.visual_heads.matching import TokenTexts
 from sparsemm_lmms.visual_heads.passes import Tally, _Listener, end_tokens, free_running, pad_token, teacher_forced
 from sparsemm_lmms.visual_heads.samples import Box, CalibrationSample, Skipped
-from sparsemm_lmms.visual_heads.statistics import agreement, group_agreement, ranks, spearman, split_half, top_overlap
 from sparsemm_lmms.visual_heads.token_grid import grid_for
 
 from . import tiny

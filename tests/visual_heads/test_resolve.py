@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.visual_heads import resolve, resolve_head_scores
-from sparsemm_lmms.visual_heads.resolve import cache_file, folder_version
+from sparsemm_lmms.visual_heads.checkpoints import folder_version
+from sparsemm_lmms.visual_heads.resolve import cache_file
 
 from . import tiny
 

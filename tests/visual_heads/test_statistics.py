@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sparsemm_lmms.visual_heads import budget_table, statistics
-from sparsemm_lmms.visual_heads.statistics import (
+from sparsemm_lmms import head_statistics as statistics
+from sparsemm_lmms.head_statistics import (
     group_agreement,
     heads_holding,
     spearman,
@@ -19,6 +19,7 @@ from sparsemm_lmms.visual_heads.statistics import (
     top_overlap,
     top_share,
 )
+from sparsemm_lmms.visual_heads import budget_table
 
 TABLES = hnp.arrays(np.float64, (3, 5), elements=st.integers(0, 6).map(float))
 
