@@ -65,7 +65,7 @@ class Parts:
 
 
 METHODS = {
-    name: Parts(preset.scorer and find_scorer(preset.scorer), find_allocator(preset.allocator))
+    name: Parts(find_scorer(preset.scorer) if preset.scorer else None, find_allocator(preset.allocator))
     for name, preset in presets.METHODS.items()
 }
 """The parts of every preset, by its name."""

@@ -83,3 +83,11 @@ def test_there_is_no_circle() -> None:
 def test_no_import_runs_upward() -> None:
     upward = [f"{a} imports {b}" for a, wanted in graph().items() for b in wanted if room(b) > room(a)]
     assert not upward, "\n".join(sorted(upward))
+
+
+def test_contributing_shows_the_real_files() -> None:
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    files = ("scorers/keydiff.py", "allocators/pyramid.py")
+    assert shown[: len(files)] == [(ROOT / file).read_text(encoding="utf-8") for file in files]
+    assert len((ROOT / files[0]).read_text(encoding="utf-8").splitlines()) < 40
