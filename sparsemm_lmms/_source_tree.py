@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = {
     "sparsemm_lmms.model_wrappers": HERE.parent / "model_wrappers",
     "sparsemm_lmms.kernels": HERE.parent / "kernels" / "triton",
+    "sparsemm_lmms.cpu_kernels": HERE.parent / "kernels" / "cpu",
     "sparsemm_lmms.task_overrides": HERE.parent / "task_overrides",
 }
 

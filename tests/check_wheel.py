@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 WANTED = (
     "sparsemm_lmms/py.typed",
     "sparsemm_lmms/kernels/append.py",
+    "sparsemm_lmms/cpu_kernels/decode.py",
     "sparsemm_lmms/model_wrappers/lmms_eval/manifest.py",
     "sparsemm_lmms/reports/paper/tables_3_4.csv",
     "sparsemm_lmms/task_overrides/sparsemm_demo_ocr.yaml",

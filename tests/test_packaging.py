@@ -70,9 +70,10 @@ def test_a_clone_on_the_path_finds_its_own_folders():
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r});"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
-        "import sparsemm_lmms.kernels as k, sparsemm_lmms.task_overrides as t;"
+        "import sparsemm_lmms.kernels as k, sparsemm_lmms.cpu_kernels as c, sparsemm_lmms.task_overrides as t;"
         "import sparsemm_lmms.model_wrappers.lmms_eval.manifest;"
-        "print(k.__file__, t.__file__)"
+        "print(k.__file__, c.__file__, t.__file__)"
     )
     found = run(code, cwd=ROOT).split()
-    assert found == [str(ROOT / "kernels" / "triton" / "__init__.py"), str(ROOT / "task_overrides" / "__init__.py")]
+    folders = ("kernels/triton", "kernels/cpu", "task_overrides")
+    assert found == [str(ROOT / folder / "__init__.py") for folder in folders]

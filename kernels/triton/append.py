@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from sparsemm_lmms.kernels.backend import (
+    DecodePlan,
     bits,
     block_head_dim,
     check_device,
@@ -94,7 +95,7 @@ def append(
     overflow: torch.Tensor,
     new_count: torch.Tensor | None = None,
     *,
-    checked: bool = False,
+    plan: DecodePlan | None = None,
     backend: str = "auto",
 ) -> None:
     """Write new tokens behind the valid rows of every segment and grow the lengths, in place.
@@ -109,7 +110,7 @@ def append(
             synchronises anyway.
         new_count: int32 `[batch]`: the new tokens are LEFT padded and only the last `new_count[b]` are written. A
             count outside 0..tokens counts as an overflow.
-        checked: the arguments are alike to those of a call before, so they need no checks.
+        plan: of this store, see `ragged_decode`.
 
     No host synchronisation and no allocation on the triton path: safe inside a CUDA graph.
 
@@ -120,13 +121,14 @@ def append(
     >>> length.item(), keys[:, 0].tolist()
     (3, [0.0, 1.0, 1.0, 0.0])
     """
-    if not checked:
+    if plan is None or not plan.checked or new_keys.ndim != 4 or new_keys.shape[2] != 1:
         _check(keys, values, start, length, capacity, new_keys, new_values, overflow, new_count)
     heads, tokens, head_dim = new_keys.shape[1:]
     if new_keys.numel() == 0:
         return
     if resolve_backend(backend, keys) == "torch":
-        append_torch(keys, values, start, length, capacity, new_keys, new_values, overflow, new_count)
+        write = append_torch if plan is None else plan.append
+        write(keys, values, start, length, capacity, new_keys, new_values, overflow, new_count)
         return
     block_t = 1 if tokens == 1 else 32
     with on_device_of(keys):
@@ -188,13 +190,7 @@ def append_torch(
     new_count: torch.Tensor | None = None,
 ) -> None:
     """The torch form of `append`: same arguments, same effect; on CUDA tensors it synchronises."""
-    tokens, head_dim = new_keys.shape[2:]
-    if new_count is None and tokens == 1 and not bool((length >= capacity).any()):  # the usual decode step
-        rows = (start + length).flatten().long()
-        keys.index_copy_(0, rows, new_keys.reshape(-1, head_dim))
-        values.index_copy_(0, rows, new_values.reshape(-1, head_dim))
-        length += 1
-        return
+    tokens = new_keys.shape[2]
     count = new_count[:, None].expand_as(length) if new_count is not None else torch.full_like(length, tokens)
     fits = (count <= capacity - length) & (count >= 0) & (count <= tokens)
     first = start.long() + length

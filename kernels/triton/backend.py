@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +21,53 @@ except ImportError:  # the torch forms need neither
 
 BITS = {2: torch.int16, 4: torch.int32}
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class DecodePlan(Protocol):
+    """What the decode steps of one store share: made once a store and handed to each `append` and `ragged_decode`.
+
+    `ReferencePlan` is the plain one; `sparsemm_lmms.cpu_kernels` has another for CPUs.
+
+    Attributes:
+        checked: the last `ragged_decode` was a decode step of one token, and its arguments were checked. The next
+            decode step brings tensors alike, so it needs no checks.
+    """
+
+    checked: bool
+
+    def new_store(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[slots, head_dim]` to be filled."""
+        ...
+
+    def append(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: torch.Tensor,
+        length: torch.Tensor,
+        capacity: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        overflow: torch.Tensor,
+        new_count: torch.Tensor | None = None,
+    ) -> None:
+        """Does what `append_torch` does."""
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: torch.Tensor,
+        length: torch.Tensor,
+        scaling: float,
+        new_count: torch.Tensor | None = None,
+        max_length: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns what `ragged_decode_torch` returns."""
+        ...
 
 
 def jit(**options: Any) -> Any:

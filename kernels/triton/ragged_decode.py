@@ -1,6 +1,6 @@
 """Attention of new tokens over segments of different lengths: the decode step of a cache compressed per head.
 
-Kernels and their layout of work: `ragged_decode_kernels`. This file has the checks, the launch and the torch form.
+Kernels and their layout of work: `ragged_decode_kernels`. This file has the checks, the launch and the plain reference.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsemm_lmms.kernels.backend import (
+    DecodePlan,
     block_head_dim,
     check_device,
     check_int32,
@@ -29,11 +30,9 @@ DIRECT_LENGTH = 1024  # up to here one program an item is done before a second l
 MAX_ITEMS = 4096  # every program sums the tiles of all items: beyond this the sum costs more than the balance saves
 ITEMS = 256  # items summed at once
 MERGE_PARTS = 16  # partial outputs merged at once
-FEW = 2**17  # numbers in padded keys that a CPU reads sooner than it sorts segments into groups
-WHOLE = 2**19  # products of all queries with all keys of a store that a CPU forms sooner than it copies segments
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """How a call is cut into programs; fixed by shapes, `max_length` and the device, never by the lengths."""
 
     block_m: int
@@ -45,7 +44,7 @@ class Plan(NamedTuple):
     direct: bool
 
 
-def plan(segments: int, rows: int, head_dim: int, itemsize: int, max_length: int, sms: int) -> Plan:
+def launch(segments: int, rows: int, head_dim: int, itemsize: int, max_length: int, sms: int) -> Launch:
     """Blocks and grid of `_decode_kernel` for `rows` = G x t query rows a segment.
 
     BLOCK_M is 16, the least that tensor cores take; 64 and twice the warps for more rows, but not in float32, which
@@ -55,9 +54,9 @@ def plan(segments: int, rows: int, head_dim: int, itemsize: int, max_length: int
     are appended (several row blocks an item) and the items alone fill the device; else PROGRAMS_PER_SM equal runs of
     tiles for each SM.
 
-    >>> plan(segments=32, rows=1, head_dim=128, itemsize=2, max_length=300, sms=132).direct
+    >>> launch(segments=32, rows=1, head_dim=128, itemsize=2, max_length=300, sms=132).direct
     True
-    >>> plan(segments=256, rows=1, head_dim=128, itemsize=2, max_length=30000, sms=132).programs
+    >>> launch(segments=256, rows=1, head_dim=128, itemsize=2, max_length=30000, sms=132).programs
     264
     """
     block_m = 16 if rows <= 16 or itemsize == 4 else 64
@@ -67,7 +66,7 @@ def plan(segments: int, rows: int, head_dim: int, itemsize: int, max_length: int
     items = segments * row_blocks
     programs = min(PROGRAMS_PER_SM * sms, items * -(-max_length // block_n))
     direct = max_length <= DIRECT_LENGTH or items > MAX_ITEMS or (row_blocks > 1 and items >= programs)
-    return Plan(block_m, block_n, block_d, row_blocks, items, items if direct else programs, direct)
+    return Launch(block_m, block_n, block_d, row_blocks, items, items if direct else programs, direct)
 
 
 def ragged_decode(
@@ -82,9 +81,7 @@ def ragged_decode(
     sinks: torch.Tensor | None = None,
     new_count: torch.Tensor | None = None,
     max_length: int | None = None,
-    uniform_stride: int | None = None,
-    places: torch.Tensor | None = None,
-    checked: bool = False,
+    plan: DecodePlan | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention of t new tokens over their kv head's segment, `[batch, q_heads, t, head_dim]` in query's dtype.
@@ -105,15 +102,12 @@ def ragged_decode(
         sinks: `[q_heads]`, contiguous, any float dtype: a logit without a value; None: no sinks.
         new_count: int32 `[batch]`: the new tokens are LEFT padded, only the last `new_count[b]` were appended; the
             rows of the others are 0.
-        max_length: an upper bound of `length` known on the host. It only picks the launch (see `plan`), which a CUDA
+        max_length: an upper bound of `length` known on the host. It only picks the launch (see `launch`), which a CUDA
             graph then replays; beyond it the triton form gets slow, the torch form on CUDA wrong. None: the rows of
             the store (triton), or the true maximum (torch; on CUDA that synchronises).
-        uniform_stride: a promise that segment (b, h) starts `uniform_stride` rows behind the previous one. The torch
-            form then reads equally long segments in place, without gathering them; triton has no use for it.
-        places: the result of `store_places`, and a promise that all rows of the store hold finite numbers. The torch
-            form then reads a decode step's store as it is, without gathering segments; triton has no use for it.
-        checked: the arguments are alike to those of a call before, so they need no checks, which would take
-            6 % of a decode step of the tiny preset on a CPU.
+        plan: of this store (see `sparsemm_lmms.cpu_kernels.decode_plan`): it computes where triton does not run, and
+            spares decode steps the checks of the arguments, which would take 6 % of one of the tiny preset on a CPU.
+            None: every call is checked, and the plain reference computes.
 
     Raises:
         ValueError: for shapes, dtypes, strides or devices other than these, or a softcap that is not positive.
@@ -123,14 +117,16 @@ def ragged_decode(
     >>> ragged_decode(torch.zeros(1, 1, 1, 1), store, store, start, length, scaling=1.0)
     tensor([[[[3.]]]])
     """
-    if not checked:
-        _check(query, keys, values, start, length, new_count, max_length, uniform_stride, softcap, sinks)
+    one_token = query.ndim == 4 and query.shape[2] == 1
+    if plan is None or not plan.checked or not one_token:
+        _check(query, keys, values, start, length, new_count, max_length, softcap, sinks)
+    if plan is not None:
+        plan.checked = one_token
     if query.numel() == 0 or keys.shape[0] == 0 or max_length == 0:
         return query.new_zeros(query.shape)
     if resolve_backend(backend, query) == "torch":
-        return ragged_decode_torch(
-            query, keys, values, start, length, scaling, new_count, max_length, uniform_stride, places, softcap, sinks
-        )
+        decode = ragged_decode_torch if plan is None else plan.decode
+        return decode(query, keys, values, start, length, scaling, new_count, max_length, softcap, sinks)
     longest = keys.shape[0] if max_length is None else min(max_length, keys.shape[0])
     return _ragged_decode_triton(query, keys, values, start, length, scaling, new_count, longest, softcap, sinks)
 
@@ -143,7 +139,6 @@ def _check(
     length: torch.Tensor,
     new_count: torch.Tensor | None,
     max_length: int | None,
-    uniform_stride: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> None:
@@ -161,29 +156,8 @@ def _check(
         check_int32("new_count", new_count, (batch,))
     if max_length is not None and max_length < 0:
         raise ValueError(f"max_length must not be negative, got {max_length}")
-    if uniform_stride is not None and uniform_stride < 1:
-        raise ValueError(f"uniform_stride must be positive, got {uniform_stride}")
     check_logits(softcap, sinks, ((q_heads,),))
     check_device(query, keys, values, start, length, new_count, sinks)
-
-
-def store_places(
-    start: torch.Tensor, capacity: torch.Tensor, slots: int, q_heads: int, head_dim: int
-) -> torch.Tensor | None:
-    """For `ragged_decode` on a CPU: which place each row of the store has in each segment.
-
-    Args:
-        start, capacity: int32 `[1, kv_heads]`, rows, of segments that lie apart.
-
-    Returns:
-        int32 `[kv_heads, slots]`: place of the row in the segment, or a number that no length reaches. None off the
-        CPU, for several sequences, and for a store so large that masked products of all heads with all rows (WHOLE)
-        cost more than copies of the segments.
-    """
-    if start.device.type != "cpu" or start.shape[0] > 1 or q_heads * slots * head_dim > WHOLE:
-        return None
-    place = torch.arange(slots, dtype=torch.int32) - start.view(-1, 1)
-    return place.masked_fill_((place < 0) | (place >= capacity.view(-1, 1)), torch.iinfo(torch.int32).max)
 
 
 def _ragged_decode_triton(
@@ -202,7 +176,7 @@ def _ragged_decode_triton(
     kv_heads = start.shape[1]
     rows = q_heads // kv_heads * tokens
     sms = multiprocessors(query.device)
-    cut = plan(batch * kv_heads, rows, head_dim, query.element_size(), max_length, sms)
+    cut = launch(batch * kv_heads, rows, head_dim, query.element_size(), max_length, sms)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     rows_kept = min(rows, cut.block_m)
     parts = 0 if cut.direct else 2 * cut.programs * rows_kept
@@ -261,124 +235,40 @@ def ragged_decode_torch(
     scaling: float,
     new_count: torch.Tensor | None = None,
     max_length: int | None = None,
-    uniform_stride: int | None = None,
-    places: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The torch form of `ragged_decode`: segments gathered to a padded batch, then torch's attention.
-
-    On a CPU the lengths are at hand, so equal segments laid out regularly are read in place, and segments of very
-    different lengths are padded in groups (each within a factor of two) rather than all to the longest. With `places`
-    nothing is gathered.
-    """
-    batch, q_heads, tokens, head_dim = query.shape
-    if places is not None and tokens == 1 and new_count is None and uniform_stride is None:
-        return _whole_store(query, keys, values, places, length, scaling, softcap, sinks)
-    kv_heads = start.shape[1]
-    segments = batch * kv_heads
-    rows = query.reshape(segments, 1, -1, head_dim)  # the G x t rows of a kv head share its keys
-    if sinks is not None:  # one for each of these rows
-        sinks = sinks.view(1, kv_heads, -1, 1).expand(batch, -1, -1, tokens).reshape(segments, 1, -1, 1)
-    if query.is_cuda:
-        longest = shortest = int(length.max()) if max_length is None else max_length
-        even = False
-    else:
-        shortest, longest = (int(x) for x in length.aminmax())
-        even = shortest == longest
+    """The torch form of `ragged_decode`: all segments padded to the longest, then torch's attention."""
+    kv_heads, tokens = start.shape[1], query.shape[2]
+    longest = max_length if query.is_cuda and max_length is not None else int(length.max())
     if longest <= 0:
         return query.new_zeros(query.shape)
-    in_place = even and uniform_stride is not None
-    few = segments * longest * head_dim <= FEW and not query.is_cuda
-    if tokens == 1 and new_count is None and shortest > 0 and (in_place or few):
-        stride = uniform_stride if even else None
-        return _one_token(rows, keys, values, start, length, longest, stride, scaling, softcap, sinks).view(query.shape)
-    flat_start, flat_length = start.flatten().long(), length.flatten().long()
-    limit: torch.Tensor | None = None  # all rows see all of their segment
-    if tokens > 1 or new_count is not None or not even:
-        limit = flat_length[:, None] - tokens + 1 + torch.arange(tokens, device=query.device)
-        if new_count is not None:
-            padding = torch.arange(tokens, device=query.device) < tokens - new_count[:, None]
-            limit = limit.masked_fill(padding.repeat_interleave(kv_heads, 0), 0)
-    if even and uniform_stride is not None:
-        key, value = _in_place(keys, values, start, segments, longest, uniform_stride)
-        out = _attend(rows, key, value, limit, scaling, softcap, sinks)
-    elif even or query.is_cuda or few or segments * longest <= 2 * int(length.sum()):
-        key, value = _gather(keys, values, flat_start, flat_length, longest)
-        out = _attend(rows, key, value, limit, scaling, softcap, sinks)
-    else:
-        out = torch.zeros_like(rows)
-        group = (longest / flat_length.clamp(min=1)).log2().floor().clamp(max=6)
-        for number in group.unique().tolist():  # at most seven groups, whatever the number of heads
-            members = (group == number).nonzero().squeeze(1)
-            lengths = flat_length[members]
-            key, value = _gather(keys, values, flat_start[members], lengths, max(int(lengths.max()), 1))
-            seen = None if limit is None else limit[members]
-            own = None if sinks is None else sinks[members]
-            out[members] = _attend(rows[members], key, value, seen, scaling, softcap, own)
-    return out.view(query.shape)
+    key, value = gather(keys, values, start.flatten().long(), length.flatten().long(), longest)
+    rows, own = rows_of_segments(query, kv_heads, sinks)
+    return attend(rows, key, value, visible(length, tokens, new_count), scaling, softcap, own).view(query.shape)
 
 
-def _one_token(
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    start: torch.Tensor,
-    length: torch.Tensor,
-    longest: int,
-    stride: int | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """A decode step with no empty segment, in as few operators as possible: on a CPU each costs its call.
-
-    With a `stride` all segments have `longest` rows; else the padding repeats a segment's first row (see `_gather`).
-    """
-    if stride is not None:
-        key, value = _in_place(keys, values, start, len(rows), longest, stride)
-        return _attention(rows, key, value, None, scaling, softcap, sinks)
-    j = torch.arange(longest, dtype=start.dtype, device=start.device)
-    first = start.view(-1, 1)
-    seen = j < length.view(-1, 1)
-    index = torch.where(seen, first + j, first).view(-1)
-    size = (len(rows), 1, longest, -1)
-    key, value = keys.index_select(0, index).view(size), values.index_select(0, index).view(size)
-    return _attention(rows, key, value, seen[:, None, None], scaling, softcap, sinks)
+def rows_of_segments(
+    query: torch.Tensor, kv_heads: int, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Queries `[segments, 1, G * t, head_dim]`, since the G x t rows of a kv head share its keys, and their sinks."""
+    batch, _, tokens, head_dim = query.shape
+    if sinks is not None:
+        sinks = sinks.view(1, kv_heads, -1, 1).expand(batch, -1, -1, tokens).reshape(batch * kv_heads, 1, -1, 1)
+    return query.reshape(batch * kv_heads, 1, -1, head_dim), sinks
 
 
-def _whole_store(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    places: torch.Tensor,
-    length: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """A decode step of one sequence: every head over all rows of the store, of which it sees its own segment."""
-    heads, seen = query.shape[1], places < length.view(-1, 1)
-    if heads > len(seen):
-        seen = seen.repeat_interleave(heads // len(seen), 0)
-    rows, key, value = query.reshape(1, 1, heads, -1), keys.view(1, 1, *keys.shape), values.view(1, 1, *values.shape)
-    own = None if sinks is None else sinks.view(1, 1, heads, 1)
-    return _attention(rows, key, value, seen, scaling, softcap, own).view(query.shape)
+def visible(length: torch.Tensor, tokens: int, new_count: torch.Tensor | None) -> torch.Tensor:
+    """How many rows of its segment each new token sees: int64 `[segments, tokens]`, 0 for padding."""
+    token = torch.arange(tokens, device=length.device)
+    limit = length.flatten().long()[:, None] - tokens + 1 + token
+    if new_count is not None:
+        padding = token < tokens - new_count[:, None]
+        limit = limit.masked_fill(padding.repeat_interleave(length.shape[1], 0), 0)
+    return limit
 
 
-def _in_place(
-    keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor, segments: int, longest: int, stride: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segments that start `stride` rows apart, as views `[segments, 1, longest, head_dim]`."""
-    dim = keys.shape[1]
-    size, steps, offset = (segments, 1, longest, dim), (stride * dim, dim, dim, 1), int(start[0, 0]) * dim
-    return (
-        keys.as_strided(size, steps, keys.storage_offset() + offset),
-        values.as_strided(size, steps, values.storage_offset() + offset),
-    )
-
-
-def _gather(
+def gather(
     keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor, length: torch.Tensor, longest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Segments padded to `[segments, 1, longest, head_dim]`.
@@ -392,7 +282,7 @@ def _gather(
     return key, value
 
 
-def _attend(
+def attend(
     rows: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -403,15 +293,15 @@ def _attend(
 ) -> torch.Tensor:
     """rows `[segments, 1, G * t, d]` over the first `limit[segment, i]` columns each; None: over all."""
     if limit is None:
-        return _attention(rows, key, value, None, scaling, softcap, sinks)
+        return attention(rows, key, value, None, scaling, softcap, sinks)
     group = rows.shape[2] // limit.shape[1]
     limit = limit.repeat(1, group)[:, None, :, None]
     seen = torch.arange(key.shape[2], device=key.device) < limit
-    out = _attention(rows, key, value, seen, scaling, softcap, sinks)
+    out = attention(rows, key, value, seen, scaling, softcap, sinks)
     return torch.where(limit > 0, out, 0)  # a row without columns is NaN or 0, depending on the kernel torch picks
 
 
-def _attention(
+def attention(
     rows: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_lmms.kernels import append, ragged_decode, store_places
-from sparsemm_lmms.kernels.ragged_decode import plan
+from sparsemm_lmms.kernels import append, ragged_decode
+from sparsemm_lmms.kernels.ragged_decode import launch
 
 from . import naive
 
@@ -176,23 +176,6 @@ def test_gpu_torch_backend(case, logits):
     check(**case, backend="torch", device="cuda", **logits)
 
 
-@pytest.mark.parametrize("tokens, count", [(1, None), (3, None), (3, [2, 3])])
-@pytest.mark.parametrize("logits", [{}, LOGITS[-1]])
-def test_uniform_stride_reads_in_place(tokens, count, logits, monkeypatch):
-    """Equal segments laid out regularly are not gathered; the rows behind their lengths are NaN and must not show."""
-    store = naive.make_store([[9, 9], [9, 9]], 8, shuffle=False)
-    monkeypatch.setattr(torch.Tensor, "index_select", None)
-    stride = int(store.start[0, 1] - store.start[0, 0])
-    check([[9, 9], [9, 9]], 2, tokens, 8, count=count, store=store, uniform_stride=stride, backend="torch", **logits)
-
-
-def test_uniform_stride_with_other_lengths():
-    store = naive.make_store([[9, 9]], 8, shuffle=False)
-    stride = int(store.start[0, 1] - store.start[0, 0])
-    store.length[0, 1] = 5
-    check([[9, 5]], 2, 1, 8, store=store, uniform_stride=stride, backend="torch")
-
-
 def test_order_inside_a_segment_is_free():
     store = naive.make_store([[20, 7]], 16)
     query = torch.randn(1, 4, 1, 16)
@@ -232,8 +215,8 @@ def test_large_logits_interpreter(interpreter):
     max_length=st.integers(1, 200_000),
     sms=st.sampled_from([4, 108, 132]),
 )
-def test_plan(segments, rows, head_dim, itemsize, max_length, sms):
-    cut = plan(segments, rows, head_dim, itemsize, max_length, sms)
+def test_launch(segments, rows, head_dim, itemsize, max_length, sms):
+    cut = launch(segments, rows, head_dim, itemsize, max_length, sms)
     assert cut.items == segments * cut.row_blocks and cut.row_blocks * cut.block_m >= rows
     assert cut.programs == cut.items if cut.direct else 1 <= cut.programs <= 2 * sms
     assert cut.block_n >= 16 and cut.block_d >= head_dim
@@ -314,7 +297,6 @@ def test_offsets_beyond_32_bits():
         (dict(keys=torch.zeros(8, 9).T), "contiguous"),
         (dict(new_count=torch.zeros(2, dtype=torch.int32)), "new_count must have shape"),
         (dict(max_length=-1), "max_length"),
-        (dict(uniform_stride=0), "uniform_stride"),
         (dict(backend="flash"), "backend must be one of"),
         (dict(softcap=0.0), "softcap must be positive, got 0.0"),
         (dict(sinks=torch.zeros(2)), r"sinks must have shape \(4,\), got \(2,\)"),
@@ -333,31 +315,3 @@ def test_wrong_arguments(change, message):
     )
     with pytest.raises(ValueError, match=message):
         ragged_decode(**{**arguments, **change})
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_a_small_store_is_read_as_it_is(data):
-    """With `places` a decode step copies nothing, and what lies outside of the segments does not show."""
-    heads, group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    lengths = [data.draw(st.lists(st.integers(0, 40), min_size=heads, max_size=heads))]
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    store = naive.make_store(lengths, 4, dtype)
-    for x in (store.keys, store.values):
-        x.nan_to_num_(nan=1000.0)  # `places` promises finite rows, not small ones
-    places = store_places(store.start, store.capacity, len(store.keys), heads * group, 4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "index_select", None)
-        logits = data.draw(st.sampled_from([{}, *LOGITS]))
-        check(lengths, group, 1, 4, dtype, store=store, places=places, backend="torch", **logits)
-    check(lengths, group, 2, 4, dtype, store=store, places=places, backend="torch")
-
-
-def test_places_only_of_one_small_sequence():
-    def of(*lengths, q_heads=4, head_dim=8):
-        store = naive.make_store(list(lengths), head_dim)
-        return store_places(store.start, store.capacity, len(store.keys), q_heads, head_dim)
-
-    assert of([3, 40]).shape == (2, 1 + (3 + 3 + 1) + (40 + 3 + 1))
-    assert of([3, 40], [5, 6]) is None
-    assert of([4000, 40], q_heads=32, head_dim=128) is None
