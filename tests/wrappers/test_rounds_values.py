@@ -177,11 +177,20 @@ def test_a_picture_whose_place_changed_is_refused(engine: Engine, monkeypatch: p
         assert found.prompt_tokens == inputs["input_ids"].shape[1]
 
 
+def test_text_that_changed_before_the_window_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.processor, "chat_template", "{{ messages | length }}" + engine.processor.chat_template)
+    with compress(engine.model, CompressionConfig(method="snapkv", budget=4096, window_size=8)) as session:
+        dialogue = Dialogue(engine, session)
+        dialogue.ask(text("What is written in the second line?"), SETTINGS)
+        with pytest.raises(ValueError, match="rewrites earlier rounds"):
+            dialogue.ask(text("Why?"), SETTINGS)
+
+
 def test_a_round_counts_its_room_and_its_pictures(engine: Engine) -> None:
     with compress(engine.model, CompressionConfig(method="snapkv", budget=24, window_size=8)) as session:
         dialogue = Dialogue(engine, session, recompress=True)
         for pictures, turn in [(2, conversation(1, images=2)), (2, text("Why?")), (3, conversation(4))]:
-            dialogue.ask(turn, SETTINGS)
+            assert dialogue.ask(turn, SETTINGS).answers[0].kept_tokens == 24
             assert (dialogue.images, dialogue.videos) == (pictures, 0)
             assert dialogue.cache is session.cache and dialogue.cache is not None
             assert set(dialogue.cache.kept_per_head().flatten().tolist()) == {24}
