@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sparsemm_lmms
+from sparsemm_lmms import catalog
 from sparsemm_lmms.cli import app
 from sparsemm_lmms.reports.store import read_cells
 
@@ -74,3 +75,16 @@ def test_demo_is_a_sweep_on_the_packaged_models(tmp_path: Path, monkeypatch: pyt
     assert all(name in result.output for name in [*cells, "fullkv", "sparsemm"])
     again = CliRunner().invoke(app, ["demo", *arguments])  # all is there: only the table is made anew
     assert "4 cells, 4 of them done before" in again.output and again.exit_code == 0
+
+
+def test_readme_tells_methods_and_settings_as_they_are_declared() -> None:
+    readme = (Path(sparsemm_lmms.__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    settings = [row for row in catalog.setting_rows() if row[0] != "`method`"]
+    assert catalog.as_markdown(("method", "which tokens of a head stay", "how many"), catalog.method_rows()) in readme
+    assert catalog.as_markdown(("setting", "default", "of", "meaning"), settings) in readme
+
+
+def test_methods_prints_all_parts() -> None:
+    printed = CliRunner().invoke(app, ["methods", "--markdown"]).stdout
+    assert "| scorer | `keydiff` |" in printed and "| allocator | `pyramid` |" in printed and "`mask_ratio`" in printed
+    assert "keydiff" in CliRunner().invoke(app, ["methods"]).stdout

@@ -22,7 +22,7 @@ ROOMS = [  # from the ground up: a module imports from its own room and from tho
     {"cache"},
     {"attention", "decode_graph"},
     {"decode", "session", ""},
-    {"cli"},
+    {"catalog", "cli"},
     {"demo"},
     {"visual_heads"},
     {"reports", "bench", "task_overrides"},
