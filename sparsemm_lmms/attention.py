@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs
 
-from sparsemm_lmms.cache import _handoff
+from sparsemm_lmms.handoff import handed
 
 PREFIX = "ragged_kv_"
 # What attention modules are handed or hand on without it bearing on the attention of a decoder.
@@ -76,13 +76,13 @@ def ragged_attention(
     Raises:
         ValueError: for an argument that a decode step does not know, or that the stock prefill does not heed.
     """
-    layer, handed = getattr(_handoff, "layer", None), getattr(_handoff, "key", None)
-    _handoff.layer = _handoff.key = None
-    if layer is None or handed is not key:
+    handoff = handed(key)
+    if handoff is None:
         raise RuntimeError(
             "This model is under sparsemm_lmms.compress, but the forward pass carries no RaggedCache; call the model "
             "or generate with use_cache=True."
         )
+    layer = handoff.source
     if kwargs.get("sliding_window") is not None:
         raise ValueError("Sliding-window attention layers cannot be compressed; use a model with full attention.")
     for name, x in kwargs.items():  # decode steps would pass over it and give other logits

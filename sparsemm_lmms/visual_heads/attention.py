@@ -1,10 +1,10 @@
 """Watch where each head looks, without attention matrices.
 
 ``watch(model)`` gives the text model an attention function of ours, registered through transformers' own
-``AttentionInterface``, and takes it back in ``finally``. The function returns ``sdpa``'s output untouched and, for the
-last ``rows`` query positions only, keeps per (sequence, query head) the position of the largest attention weight and
-the attention mass on each word's image tokens: numbers that don't grow with the prompt. ``output_attentions=True``
-would keep layers x heads x length x length of them.
+``AttentionInterface``, and takes it back in ``finally``; which watcher and layer it is in, the keys say (``handoff``).
+The function returns ``sdpa``'s output untouched and, for the last ``rows`` query positions only, keeps per (sequence,
+query head) the position of the largest attention weight and the attention mass on each word's image tokens: numbers
+that don't grow with the prompt. ``output_attentions=True`` would keep layers x heads x length x length of them.
 
 The row watched for a token is the one that PREDICTS it (the query of the token before), as in the research code
 (``visual_head/llava_visual_head.py``: ``outputs.attentions[...][-1]`` of the step whose logits gave the token).
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME
+from sparsemm_lmms.handoff import hand_on, handed
 
 NAME = "sparsemm_chase"
 # Elements of the largest temporary (chunk of rows x heads x keys, float32): 64 MiB.
@@ -94,7 +96,21 @@ class Watcher:
         return weights.masked_fill_(~words.gather(1, index).unsqueeze(1), 0.0).sum(dim=-1)
 
 
-_ACTIVE: ContextVar[Watcher | None] = ContextVar("sparsemm_chase_watcher", default=None)
+class WatchedCache(DynamicCache):
+    """The stock cache, whose keys say who watches them.
+
+    keeps: whether keys and values are kept for later passes.
+    """
+
+    watcher: Watcher
+    keeps = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.keeps:
+            key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return hand_on(key_states, (self.watcher, layer_idx)), value_states
 
 
 def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
@@ -140,11 +156,29 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """``sdpa`` plus a look at the last rows."""
-    watcher = _ACTIVE.get()
-    if watcher is not None:
+    handoff = handed(key)
+    if handoff is None:
+        raise RuntimeError(f"{type(module).__name__} is being watched, but its keys come from no watched cache.")
+    watcher, layer = handoff.source
+    if handoff.readers == 1:  # not a later layer that shares these keys
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        watcher.look(cast(int, module.layer_idx), query, key, attention_mask, scale)
+        watcher.look(layer, query, key, attention_mask, scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _before_forward(watcher: Watcher, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook: every pass runs on a watched cache, which keeps nothing where the pass wants none."""
+    name = OLD_CACHE_NAME if OLD_CACHE_NAME in kwargs else CACHE_NAME
+    cache = kwargs.get(name)
+    if cache is None:
+        cache = WatchedCache(config=model.config)
+        cache.keeps = kwargs.get("use_cache") is not False
+    elif isinstance(cache, DynamicCache):
+        cache.__class__ = WatchedCache
+    else:
+        raise ValueError(f"{name} is a {type(cache).__name__}, whose keys cannot be watched; pass a DynamicCache.")
+    cache.watcher = watcher
+    return args, {**kwargs, name: cache}
 
 
 @contextmanager
@@ -152,13 +186,15 @@ def watch(model: Any, watcher: Watcher) -> Iterator[Watcher]:
     """Inside, every forward of ``model``'s text model fills ``watcher``; outside, the model is as before."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    before = model.config.get_text_config()._attn_implementation
+    text = model.config.get_text_config(decoder=True)
+    key = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)
+    before = text._attn_implementation
     if before == NAME:
         raise RuntimeError("This model is already being watched; leave the other `watch` first.")
-    token = _ACTIVE.set(watcher)
+    hook = model.register_forward_pre_hook(partial(_before_forward, watcher), with_kwargs=True)
     try:
-        model.set_attn_implementation({"text_config": NAME})
+        model.set_attn_implementation({key: NAME} if key else NAME)
         yield watcher
     finally:
-        _ACTIVE.reset(token)
-        model.set_attn_implementation({"text_config": before})
+        hook.remove()
+        model.set_attn_implementation({key: before} if key else before)
