@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsemm_lmms.config import CUDA_GRAPHS, CompressionConfig
+from sparsemm_lmms.families import FAMILIES, Family
 from sparsemm_lmms.methods import METHODS, all_settings, find_method
 from sparsemm_lmms.presets import FREE, FREE_PARTS
 from sparsemm_lmms.settings import parse_value, shown, unknown_name
@@ -19,33 +20,6 @@ RESERVED = ("self", "checkpoint", "max_batch_size")
 """Parameters of our constructors that a command line cannot fill."""
 DEMO = "demo"
 """`pretrained=demo` is the packaged demo model of the family."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families.
-
-    Attributes:
-        name: prefix of the registered names.
-        model_type: `model_type` in the checkpoint's config.json.
-        architecture: class in transformers.
-        pretrained: default checkpoint.
-        max_new_tokens: used when a task sets none, as the host's stock model of this family does.
-        strip_answers: whether white space around answers is removed, as the stock model does or doesn't.
-        system_prompt: the stock model's, or None for none.
-        pixel_limits: (min_pixels, max_pixels) of the stock model, or None where images have no such limits.
-        reads_video: whether video is understood.
-    """
-
-    name: str
-    model_type: str
-    architecture: str
-    pretrained: str
-    max_new_tokens: int
-    strip_answers: bool = False
-    system_prompt: str | None = None
-    pixel_limits: tuple[int, int] | None = None
-    reads_video: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +38,7 @@ class RunOptions:
         batch_size: prompts generated together (left padded).
         head_scores: `auto`, a file, `uniform`, `random`, `layer_mean` or `permuted`: for methods that need scores.
         foreign_head_scores: use a score file although it says that it was made for another model.
-        min_pixels, max_pixels: limits to which Qwen2-VL resizes images; None leaves the checkpoint's own.
+        min_pixels, max_pixels: limits to which images are resized, in some families; None leaves the checkpoint's own.
         compress_before_question: compress what ends with the last image before the question is seen.
         rounds: in tasks of many rounds, `append` each prompt to the conversation's cache, `recompress` that cache after
             it, or answer each prompt `independent`ly of those before, as the host's stock models do.
@@ -144,15 +118,20 @@ def parse_arguments(text: str) -> dict[str, str]:
     return found
 
 
-def split_arguments(family: Family, method: str, given: dict[str, Any]) -> tuple[RunOptions, CompressionConfig]:
+def split_arguments(
+    family: Family, method: str, given: dict[str, Any], lmms_eval: bool = True
+) -> tuple[RunOptions, CompressionConfig]:
     """Check `given` and split it into the options of the run and the settings of the compression.
 
     Values may be strings as a command line has them; None and "None" mean "not given", an empty string is refused.
 
+    Args:
+        lmms_eval: whether what is not given is as in that host's stock model of the family.
+
     Raises:
         ValueError: one sentence with the known arguments and the nearest, before anything is loaded.
     """
-    name_of_model = f"{family.name}_{method}"
+    name_of_model = f"{family.model_type}_{method}"
     if method == FREE:
         parts = {name: str(given.get(name) or default) for name, default in FREE_PARTS.items()}
         given = {name: value for name, value in given.items() if name not in parts}
@@ -172,13 +151,13 @@ def split_arguments(family: Family, method: str, given: dict[str, Any]) -> tuple
             config |= {} if absent else {name: value}
         else:
             raise ValueError(_refusal(name_of_model, name, sorted(known_run | known_config)))
-    return _run_options(family, run), CompressionConfig.from_dict(config)
+    return _run_options(family, run, lmms_eval), CompressionConfig.from_dict(config)
 
 
 def known_run_options(family: Family, method: str) -> set[str]:
     """Names of the options of a run that mean something for this family and method."""
     names = {field.name for field in dataclasses.fields(RunOptions)}
-    if family.pixel_limits is None:
+    if family.lmms_eval.pixel_limits is None:
         names -= {"min_pixels", "max_pixels"}
     if not family.reads_video:
         names -= {"max_num_frames", "fps"}
@@ -208,13 +187,13 @@ def unused_settings(method: str) -> tuple[str, ...]:
     return unused if parts.uses_seed else (*unused, "seed")
 
 
-def _run_options(family: Family, run: dict[str, Any]) -> RunOptions:
+def _run_options(family: Family, run: dict[str, Any], lmms_eval: bool) -> RunOptions:
     run.setdefault("pretrained", family.pretrained)
-    if run["pretrained"] != DEMO:  # a demo model brings its own prompt and image sizes
-        run.setdefault("system_prompt", family.system_prompt)
-        if family.pixel_limits is not None:
-            run.setdefault("min_pixels", family.pixel_limits[0])
-            run.setdefault("max_pixels", family.pixel_limits[1])
+    if lmms_eval and run["pretrained"] != DEMO:  # a demo model brings its own prompt and image sizes
+        run.setdefault("system_prompt", family.lmms_eval.system_prompt)
+        if family.lmms_eval.pixel_limits is not None:
+            run.setdefault("min_pixels", family.lmms_eval.pixel_limits[0])
+            run.setdefault("max_pixels", family.lmms_eval.pixel_limits[1])
     kinds = {field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(RunOptions)}
     for name, value in run.items():
         if value is not None:
@@ -224,6 +203,10 @@ def _run_options(family: Family, run: dict[str, Any]) -> RunOptions:
 
 def _empty(name: str) -> str:
     return f"{name}= is empty: give a value, or leave {name} out for its default."
+
+
+def _either(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _refusal(model: str, name: str, known: list[str]) -> str:
@@ -236,7 +219,9 @@ def _refusal(model: str, name: str, known: list[str]) -> str:
     if knowing:
         return f"{model} has no argument {name!r}: it belongs to {', '.join(knowing)}."
     if name in ("min_pixels", "max_pixels"):
-        return f"{model} has no argument {name!r}: only qwen2_vl models resize images by pixel limits."
+        resizing = [other for other, family in FAMILIES.items() if family.lmms_eval.pixel_limits]
+        return f"{model} has no argument {name!r}: only {_either(resizing)} models resize images by pixel limits."
     if name in ("max_num_frames", "fps"):
-        return f"{model} has no argument {name!r}: only qwen2_vl models read video."
+        reading = [other for other, family in FAMILIES.items() if family.reads_video]
+        return f"{model} has no argument {name!r}: only {_either(reading)} models read video."
     return unknown_name(f"argument of {model}", name, known)

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoProcessor, PreTrainedModel
 
 from sparsemm_lmms.config import CompressionConfig
+from sparsemm_lmms.families import Family
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import find_method
 from sparsemm_lmms.model_wrappers.arguments import (
-    Family,
     RunOptions,
     known_run_options,
     known_settings,
@@ -86,7 +86,7 @@ class CompressedModel:
             scores = {"source": self.options.head_scores, "sha256": self.head_scores.content_hash}
         used = known_settings(method) - unused
         compression = {name: value for name, value in self.compression.to_dict().items() if name in used}
-        return {"model": f"{self.family.name}_{self.method}", **run, **compression, "head_scores": scores, **free}
+        return {"model": f"{self.family.model_type}_{self.method}", **run, **compression, "head_scores": scores, **free}
 
     def _read_head_scores(self, config: dict[str, Any], progress: bool) -> HeadScores | None:
         """The scores of this model, or None for a method without. Finding them (`auto`) needs the loaded model."""

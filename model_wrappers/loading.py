@@ -16,8 +16,8 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, Proce
 from transformers.utils import is_flash_attn_2_available
 
 from sparsemm_lmms.config import CompressionConfig
-from sparsemm_lmms.model_wrappers.arguments import DEMO, Family, RunOptions
-from sparsemm_lmms.model_wrappers.names import FAMILIES
+from sparsemm_lmms.families import FAMILIES, Family
+from sparsemm_lmms.model_wrappers.arguments import DEMO, RunOptions
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """The device maps that accelerate finds by itself; others are a device, or a JSON object from modules to devices."""
@@ -144,7 +144,7 @@ def checkpoint_path(family: Family, options: RunOptions) -> str:
         return options.pretrained
     from sparsemm_lmms.demo import model_path
 
-    return str(model_path(family.name))
+    return str(model_path(family.model_type))
 
 
 def read_config(family: Family, options: RunOptions) -> dict[str, Any]:
@@ -165,19 +165,25 @@ def read_config(family: Family, options: RunOptions) -> dict[str, Any]:
         return config
     hint = f"; it belongs to the {found}_* models" if found in FAMILIES else ""
     raise ValueError(
-        f"pretrained={options.pretrained} is a {found!r} checkpoint, but {family.name}_* models need "
+        f"pretrained={options.pretrained} is a {found!r} checkpoint, but {family.model_type}_* models need "
         f"a {family.model_type!r} one, for example {family.pretrained}{hint}."
     )
 
 
 def load_checkpoint(family: Family, options: RunOptions, device: torch.device) -> Checkpoint:
     """Load weights and processor. Call `read_config` first."""
+    architecture = getattr(transformers, family.architecture, None)
+    if architecture is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {family.architecture}, which {family.model_type}_* models "
+            "need; install a version that has it."
+        )
     path = checkpoint_path(family, options)
     shared: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(path, **shared)
-        _prepare_processor(processor, options)  # first: what is wrong with it is said before the weights are read
-        model = getattr(transformers, family.architecture).from_pretrained(
+        _prepare_processor(processor, family, options)  # first: what is wrong is said before the weights are read
+        model = architecture.from_pretrained(
             path,
             **shared,
             dtype=resolve_dtype(options, device),
@@ -191,11 +197,11 @@ def load_checkpoint(family: Family, options: RunOptions, device: torch.device) -
     return Checkpoint(model.eval(), processor, path)
 
 
-def _prepare_processor(processor: ProcessorMixin, options: RunOptions) -> None:
+def _prepare_processor(processor: ProcessorMixin, family: Family, options: RunOptions) -> None:
     if not getattr(processor, "chat_template", None):
         raise ValueError(
             f"pretrained={options.pretrained} has no chat template in its processor, so prompts cannot be written; "
-            "use a chat checkpoint in the Hugging Face format (llava-hf/..., Qwen/...-Instruct)."
+            f"use a chat checkpoint in the Hugging Face format, for example {family.pretrained}."
         )
     limits = {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}
     if given := {edge: value for edge, value in limits.items() if value is not None}:

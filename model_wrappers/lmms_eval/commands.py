@@ -23,12 +23,12 @@ from rich.text import Text
 from sparsemm_lmms.cli import tasks_folder
 from sparsemm_lmms.failures import cause, is_refusal, sentence
 from sparsemm_lmms.json_files import one_line
-from sparsemm_lmms.model_wrappers.names import FAMILIES, METHODS
+from sparsemm_lmms.model_wrappers.lmms_eval.manifest import MODELS
 from sparsemm_lmms.reports.results import KEY, read_results
 from sparsemm_lmms.settings import unknown_name
 
 app = typer.Typer()
-OURS = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
+OURS = list(MODELS)
 REPEATED: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model", "tasks", "model_args", "device", "verbosity", "log_samples_suffix", "timezone"), (str,)),
     **dict.fromkeys(("system_instruction", "gen_kwargs", "reasoning_tags", "agentic_trace_mode"), (str,)),
@@ -140,7 +140,7 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
     from sparsemm_lmms.model_wrappers.lmms_eval.patches import Ended, check_output
 
     if not sys.argv[1:] and arguments is None:
-        raise ValueError("eval needs lmms-eval's arguments, for example --model llava_next_sparsemm --tasks ocrbench.")
+        raise ValueError(f"eval needs lmms-eval's arguments, for example --model {OURS[0]} --tasks ocrbench.")
     found: list[dict[str, Any]] = []
     failures: list[Exception] = []
     tasks: list[str] = []

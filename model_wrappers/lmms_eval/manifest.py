@@ -8,21 +8,36 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparsemm_lmms.model_wrappers.names import FAMILIES, METHODS, class_name
+from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.presets import FREE, METHODS
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
+
+MODELS = {f"{family}_{method}": (family, method) for family in FAMILIES for method in (*METHODS, FREE)}
+"""Registered name -> family and method."""
+
+CLASSES = {FAMILIES[family].class_name(method): (family, method) for family, method in MODELS.values()}
+"""Name of a class in `model.py` -> family and method."""
 
 
 def manifests() -> list[ModelManifest]:
     """One chat model for each family and method, for example `llava_next_sparsemm`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
+    where = "sparsemm_lmms.model_wrappers.lmms_eval.model"
     return [
-        ModelManifest(
-            model_id=f"{family}_{method}",
-            chat_class_path=f"sparsemm_lmms.model_wrappers.{family}.{class_name(family_class, method)}",
-        )
-        for family, family_class in FAMILIES.items()
-        for method in METHODS
+        ModelManifest(model_id=name, chat_class_path=f"{where}.{class_name}")
+        for name, class_name in zip(MODELS, CLASSES, strict=True)
     ]
+
+
+def stock_id(model_id: str) -> str:
+    """lmms-eval's own id of the family of one of our names; other names as they are.
+
+    Task files choose prompts by the literal `--model`, so ours must be looked up as the stock model would be.
+
+    >>> stock_id("llava_next_local_window"), stock_id("qwen2_vl_sparsemm"), stock_id("qwen3_vl")
+    ('llava_hf', 'qwen2_vl', 'qwen3_vl')
+    """
+    return FAMILIES[MODELS[model_id][0]].lmms_eval.prompts_of if model_id in MODELS else model_id

@@ -1,4 +1,7 @@
-"""lmms-eval's chat model on a compressed cache: what all families and methods share."""
+"""lmms-eval's chat model on a compressed cache.
+
+The classes that the manifest names (one for each family and method) are made when the host asks this module for them.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.model_wrappers.arguments import parse_arguments, unused_settings
 from sparsemm_lmms.model_wrappers.compressed import CompressedModel
 from sparsemm_lmms.model_wrappers.engine import Engine, Prompt
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
 from sparsemm_lmms.model_wrappers.likelihood import Document, read_document, score
 from sparsemm_lmms.model_wrappers.lmms_eval import requests as host_requests
+from sparsemm_lmms.model_wrappers.lmms_eval.manifest import CLASSES
 from sparsemm_lmms.model_wrappers.lmms_eval.patches import ends_the_command, install
 from sparsemm_lmms.model_wrappers.lmms_eval.statistics import CacheTokenCounts, RunStatistics
 from sparsemm_lmms.model_wrappers.loading import Checkpoint, resolve_device
 from sparsemm_lmms.model_wrappers.media import FrameSampling
 from sparsemm_lmms.model_wrappers.memory import MemoryGuard
-from sparsemm_lmms.model_wrappers.names import class_name
 from sparsemm_lmms.model_wrappers.rounds import converse
 from sparsemm_lmms.session import CompressionSession, compress
 
@@ -36,9 +39,9 @@ T = TypeVar("T", bound="CompressedChatModel")
 class CompressedChatModel(CompressedModel, lmms):
     """A vision-language model whose KV cache is compressed by `method`.
 
-    Families subclass it with `family`; `method_variants` adds `method`. All arguments are checked before anything is
-    loaded; see `RunOptions` and `CompressionConfig` for what they mean. `checkpoint` is one that another model of this
-    family has loaded: many settings can share it.
+    Subclasses add `family` and `method`. All arguments are checked before anything is loaded; see `RunOptions` and
+    `CompressionConfig` for what they mean. `checkpoint` is one that another model of this family has loaded: many
+    settings can share it.
     """
 
     is_simple = False
@@ -62,7 +65,7 @@ class CompressedChatModel(CompressedModel, lmms):
         self.engine: Engine | None = Engine(
             checkpoint,
             self.system_prompt,
-            self.family.strip_answers,
+            self.family.lmms_eval.strip_answers,
             options.compress_before_question,
             FrameSampling(options.max_num_frames, options.fps),
             options.cuda_graph,
@@ -224,7 +227,7 @@ class CompressedChatModel(CompressedModel, lmms):
         if ignored := set(GenerationSettings.ignored(gen_kwargs)) - self._ignored:
             self._ignored |= ignored
             self._say(f"Generation arguments without effect on this model: {', '.join(sorted(ignored))}.", "WARNING")
-        return GenerationSettings.from_host(gen_kwargs, self.family.max_new_tokens)
+        return GenerationSettings.from_host(gen_kwargs, self.family.lmms_eval.max_new_tokens)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -248,18 +251,19 @@ class CompressedChatModel(CompressedModel, lmms):
         return self.engine
 
 
-def method_variants(family_class: type[CompressedChatModel]) -> dict[str, type[CompressedChatModel]]:
-    """One subclass of the family for each method, by name: the classes that the manifests point at."""
-    variants = {}
-    for method in METHODS:
-        name = class_name(family_class.__name__, method)
-        members = {
-            "method": method,
-            "__module__": family_class.__module__,
-            "__doc__": f"{family_class.__name__}, {method}.",
-        }
-        variants[name] = type(name, (family_class,), members)
-    return variants
+def __getattr__(name: str) -> type[CompressedChatModel]:
+    """The class of one family and method, by the name that the manifest states."""
+    if name not in CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    family, method = CLASSES[name]
+    members = {
+        "family": FAMILIES[family],
+        "method": method,
+        "__module__": __name__,
+        "__doc__": f"{family}, {method}.",
+    }
+    globals()[name] = made = type(name, (CompressedChatModel,), members)
+    return made
 
 
 def _accelerator() -> Accelerator:

@@ -37,6 +37,7 @@ from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics
 
 from sparsemm_lmms.failures import report
+from sparsemm_lmms.model_wrappers.lmms_eval.manifest import stock_id
 from sparsemm_lmms.model_wrappers.lmms_eval.records import (
     command_line,
     environment,
@@ -45,7 +46,6 @@ from sparsemm_lmms.model_wrappers.lmms_eval.records import (
     settings_of_evaluation,
 )
 from sparsemm_lmms.model_wrappers.lmms_eval.statistics import RunStatistics, gather
-from sparsemm_lmms.model_wrappers.names import stock_id
 from sparsemm_lmms.reports.results import KEY
 
 

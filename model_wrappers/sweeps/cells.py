@@ -12,21 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsemm_lmms.families import FAMILIES, Family
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import (
     DEMO,
-    Family,
     RunOptions,
     known_run_options,
     known_settings,
     split_arguments,
 )
-from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
 from sparsemm_lmms.settings import unknown_name
 from sparsemm_lmms.visual_heads.resolve import WORDS
 
-FAMILIES = {family.name: family for family in (LLAVA_NEXT, QWEN2_VL)}
 CONTROLS = ("permuted", "layer_mean", "uniform")
 DRAWN = ("random", "permuted", "mask_random")
 DEFAULT_METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "local_window", "random")
@@ -44,7 +42,7 @@ class SweptModel:
     """A checkpoint and what all its cells have in common.
 
     Attributes:
-        family: `llava_next` or `qwen2_vl`.
+        family: its name.
         arguments: of `--model_args`; a cell gets those that its method knows.
     """
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
+from sparsemm_lmms.families import FAMILIES
+
 if TYPE_CHECKING:
     from sparsemm_lmms.model_wrappers.sweeps.runner import Plan
 
@@ -19,16 +22,14 @@ DEMO_BUDGETS = "64,96,160,768"
 DEMO_BATCH = 10
 
 
-class DemoFamily(str, Enum):
-    llava_next = "llava_next"
-    qwen2_vl = "qwen2_vl"
-    all = "all"
+DemoFamily = Enum("DemoFamily", {name: name for name in (*DEMO_FAMILIES, "all")}, type=str)  # type: ignore[misc]
+DEFAULT_DEMO = DemoFamily(DEMO_FAMILIES[0])
 
 
 @app.command()
 def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the sweep; one with the same settings is continued.")],
-    model: Annotated[str, typer.Option(help="Comma-separated families: llava_next, qwen2_vl.")] = "llava_next",
+    model: Annotated[str, typer.Option(help=f"Comma-separated families: {', '.join(FAMILIES)}.")] = DEMO_FAMILIES[0],
     model_args: Annotated[
         str, typer.Option("--model_args", help="name=value,... for all cells: pretrained, dtype, ratio, ...")
     ] = "",
@@ -77,7 +78,7 @@ def sweep(
 
 @app.command()
 def demo(
-    family: Annotated[DemoFamily, typer.Option(help="Which demo model; `all` for both.")] = DemoFamily.llava_next,
+    family: Annotated[DemoFamily, typer.Option(help="Which demo model.")] = DEFAULT_DEMO,
     methods: Annotated[str, typer.Option(help="Comma-separated methods and controls.")] = DEMO_METHODS,
     budgets: Annotated[
         str, typer.Option(help="Comma-separated tokens per head; the window of 32 included.")
@@ -89,7 +90,7 @@ def demo(
     """A sweep on the packaged demo models: a table and plots, on the CPU, in about two minutes."""
     from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan
 
-    families = ",".join(name.value for name in DemoFamily if name is not DemoFamily.all and family in (name, "all"))
+    families = ",".join(DEMO_FAMILIES) if family.value == "all" else family.value
     plan = make_plan(
         families=families,
         model_args="pretrained=demo,device=cpu",

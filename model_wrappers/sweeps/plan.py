@@ -11,6 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.json_files import one_line
 from sparsemm_lmms.model_wrappers.arguments import parse_arguments
 from sparsemm_lmms.model_wrappers.lmms_eval.records import command_line, versions
@@ -69,7 +71,7 @@ class Plan:
 
 def make_plan(
     *,
-    families: str = "llava_next",
+    families: str = DEMO_FAMILIES[0],
     model_args: str = "",
     methods: str = "",
     budgets: str = "",
@@ -89,7 +91,7 @@ def make_plan(
     arguments = parse_arguments(model_args)
     models = [SweptModel(family, arguments) for family in parse_families(families)]
     if not models:
-        raise ValueError("--model names no family; give llava_next, qwen2_vl or both.")
+        raise ValueError(f"--model names no family; give one or more of {', '.join(FAMILIES)}.")
     is_demo = all(model.is_demo for model in models)
     names = tuple(words(tasks)) or (DEMO_TASKS if is_demo else ())
     if not names:

@@ -30,7 +30,7 @@ from loguru import logger
 
 from sparsemm_lmms.cli import tasks_folder
 from sparsemm_lmms.model_wrappers.lmms_eval.commands import metrics, replaced
-from sparsemm_lmms.model_wrappers.names import stock_id
+from sparsemm_lmms.model_wrappers.lmms_eval.manifest import stock_id
 from sparsemm_lmms.model_wrappers.sweeps.cells import Cell, SweptModel
 from sparsemm_lmms.model_wrappers.sweeps.plan import Plan
 from sparsemm_lmms.reports.results import KEY

@@ -1,8 +1,8 @@
 """VLMEvalKit's models on compressed caches: `register()` puts them into `vlmeval.config.supported_VLM`.
 
-A class is made for each family when the host is there: ours in front, the host's stock class behind it, whose prompts
-for each dataset, image handling and post-processing are used and whose constructor is not run. Importing this module
-needs neither VLMEvalKit nor lmms-eval.
+A class is made for each family when the host is there: `CompressedVLM` in front, the host's stock class behind it,
+whose prompts for each dataset, image handling and post-processing are used and whose constructor is not run. Importing
+this module needs neither VLMEvalKit nor lmms-eval.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from loguru import logger
 from PIL import Image
 
 from sparsemm_lmms.config import CompressionConfig
+from sparsemm_lmms.families import FAMILIES, VLMEvalKit
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import DEMO, RunOptions, split_arguments
 from sparsemm_lmms.model_wrappers.compressed import CompressedModel
 from sparsemm_lmms.model_wrappers.engine import Batch, Engine, Prompt
-from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
 from sparsemm_lmms.model_wrappers.loading import resolve_device
 from sparsemm_lmms.model_wrappers.vlmevalkit.names import BASES, listed_names, name_suffix, parse_name, telling_settings
@@ -47,7 +47,7 @@ class HostOptions:
         max_new_tokens: the stock classes' default.
         generation: `greedy`, or `stock` for what the stock class passes to `generate`.
         use_custom_prompt: the family's own prompts where the stock class has them; else the dataset's.
-        min_pixels, max_pixels: limits to which the host resizes images for Qwen2-VL, or None for those of its tools.
+        min_pixels, max_pixels: limits to which the host resizes images, or None for those of its tools.
     """
 
     max_new_tokens: int = 2048
@@ -90,7 +90,7 @@ class Record(dict):
 
 
 class CompressedVLM(CompressedModel):
-    """What our classes for the host share. Subclasses stand in front of a stock class of the host.
+    """Our half of the classes for the host; `model_class` puts it in front of a stock class of the host.
 
     Args:
         method: one of `sparsemm_lmms.methods.METHODS`.
@@ -127,11 +127,12 @@ class CompressedVLM(CompressedModel):
         """
         if method not in METHODS:
             raise ValueError(unknown_name("method", method, tuple(METHODS)))
-        host, rest = HostOptions.split(given, pixels=cls.family.model_type == QWEN2_VL.model_type)
+        host, rest = HostOptions.split(given, pixels=cls.family.lmms_eval.pixel_limits is not None)
         for name in {field.name for field in dataclasses.fields(RunOptions)} - {*TOLD, *NOT_TOLD}:
             if rest.get(name) is not None:
-                raise ValueError(f"{cls.family.name}_{method} has no argument {name!r} in VLMEvalKit; leave it out.")
-        return host, *split_arguments(cls.family, method, rest)
+                model = f"{cls.family.model_type}_{method}"
+                raise ValueError(f"{model} has no argument {name!r} in VLMEvalKit; leave it out.")
+        return host, *split_arguments(cls.family, method, rest, lmms_eval=False)
 
     @classmethod
     def name_suffix(cls, method: str, given: dict[str, Any]) -> str:
@@ -148,6 +149,11 @@ class CompressedVLM(CompressedModel):
 
     def use_stock_attributes(self) -> None:
         """Set what methods of the stock class read."""
+        self._use_custom_prompt = self.host.use_custom_prompt
+        if self.family.lmms_eval.pixel_limits is not None:
+            self.min_pixels, self.max_pixels = self.host.min_pixels, self.host.max_pixels
+        for name, value in self.adapter.attributes.items():
+            setattr(self, name, value)
 
     def use_custom_prompt(self, dataset: str) -> bool:
         return self.host.use_custom_prompt and super().use_custom_prompt(dataset)  # type: ignore[misc]
@@ -190,75 +196,38 @@ class CompressedVLM(CompressedModel):
 
     # -- what differs between families ---------------------------------------------------------------------------------
 
+    @property
+    def adapter(self) -> VLMEvalKit:
+        """What the family says of this host."""
+        assert self.family.vlmevalkit is not None  # else `model_class` makes no class
+        return self.family.vlmevalkit
+
     def content(self, message: list[dict[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
         """The host's parts (`type`, `value`) as parts of the chat template."""
-        raise NotImplementedError
+        if self.adapter.prepares_content:
+            return self._prepare_content(message, dataset=dataset)  # type: ignore[attr-defined]
+        if others := {part["type"] for part in message} - {"text", "image"}:
+            told = f"{self.family.model_type} models read text and images only; this dataset sends {min(others)}."
+            raise NotImplementedError(told)
+        return [{"type": part["type"], part["type"]: part["value"]} for part in message]
 
     def media(self, messages: list[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
         """The images and videos of the messages, as the processor takes them."""
-        raise NotImplementedError
+        if self.adapter.prepares_content:
+            from qwen_vl_utils import process_vision_info  # a requirement of both hosts
 
-    def post_process(self, prompt: str, answer: str) -> str:
-        """What the stock class does with the model's answer."""
-        return answer
-
-
-class LlavaNextInVLMEvalKit(CompressedVLM):
-    """In front of `vlmeval.vlm.LLaVA_Next`."""
-
-    family = dataclasses.replace(LLAVA_NEXT, max_new_tokens=HostOptions.max_new_tokens)
-
-    def content(self, message: list[dict[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
-        if any(part["type"] not in ("text", "image") for part in message):
-            raise NotImplementedError("LLaVA-NeXT reads text and images only; this dataset sends video.")
-        return [
-            {"type": "text", "text": part["value"]}
-            if part["type"] == "text"
-            else {"type": "image", "image": part["value"]}
-            for part in message
-        ]
-
-    def media(self, messages: list[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
+            patch = self.processor.image_processor.patch_size
+            images, videos = process_vision_info(messages, image_patch_size=patch)
+            return images or [], videos or []
         parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
         return [Image.open(part["image"]).convert("RGB") for part in parts], ()
 
     def post_process(self, prompt: str, answer: str) -> str:
-        """The stock class looks for the answer in the whole text, behind the mark that its template puts there."""
+        """The answer; where the stock class looks for it in the whole text, what stands behind its template's mark."""
+        if not self.adapter.cuts_answers:
+            return answer
         finds_answer = not self.output_process(prompt)  # type: ignore[attr-defined]
         return self.output_process(prompt + answer) if finds_answer else answer.strip()  # type: ignore[attr-defined]
-
-
-class Qwen2VLInVLMEvalKit(CompressedVLM):
-    """In front of `vlmeval.vlm.Qwen2VLChat`, whose image sizes for each dataset and frame sampling it uses."""
-
-    family = dataclasses.replace(
-        QWEN2_VL,
-        max_new_tokens=HostOptions.max_new_tokens,
-        strip_answers=False,
-        system_prompt=None,  # the chat template has it
-        pixel_limits=None,  # the host's tools resize before the processor does
-    )
-
-    def use_stock_attributes(self) -> None:
-        self._use_custom_prompt = self.host.use_custom_prompt
-        self.min_pixels, self.max_pixels, self.total_pixels = self.host.min_pixels, self.host.max_pixels, None
-        self.fps, self.nframe, self.FRAME_FACTOR = 2, 128, 2  # the stock defaults; video datasets set fps or nframe
-
-    def content(self, message: list[dict[str, Any]], dataset: str | None) -> list[dict[str, Any]]:
-        return self._prepare_content(message, dataset=dataset)  # type: ignore[attr-defined]
-
-    def media(self, messages: list[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
-        from qwen_vl_utils import process_vision_info  # a requirement of both hosts
-
-        images, videos = process_vision_info(messages, image_patch_size=self.processor.image_processor.patch_size)
-        return images or [], videos or []
-
-
-ADAPTERS: dict[str, tuple[type[CompressedVLM], str, str]] = {
-    "llava_next": (LlavaNextInVLMEvalKit, "LLaVA_Next", "CompressedLLaVANext"),
-    "qwen2_vl": (Qwen2VLInVLMEvalKit, "Qwen2VLChat", "CompressedQwen2VL"),
-}
-"""Family -> our half of the class, the host's half in `vlmeval.vlm`, and the name of the whole there."""
 
 
 def register(names: Iterable[str] = (), score_files: Mapping[str, str] | None = None) -> list[str]:
@@ -276,14 +245,13 @@ def register(names: Iterable[str] = (), score_files: Mapping[str, str] | None = 
     """
     from vlmeval.config import supported_VLM
 
-    classes = {family: model_class(family) for family in ADAPTERS}
     files = score_files or {}
     entries: dict[str, partial] = {}
     for name in listed_names():
         base = BASES[name.partition("_")[0]]
         if base.stock is None or base.stock in supported_VLM:
-            entries[name] = _entry(name, files, classes, supported_VLM)
-    entries |= {name: _entry(name, files, classes, supported_VLM) for name in names}
+            entries[name] = _entry(name, files, supported_VLM)
+    entries |= {name: _entry(name, files, supported_VLM) for name in names}
     added = {name: entry for name, entry in entries.items() if name not in supported_VLM}
     supported_VLM.update(added)
     return list(added)
@@ -293,12 +261,21 @@ def model_class(family: str) -> type[CompressedVLM]:
     """Our class of this family in the host, made and put into `vlmeval.vlm` the first time."""
     from vlmeval import vlm
 
-    ours, stock, name = ADAPTERS[family]
-    if not hasattr(vlm, name):
-        behind = getattr(vlm, stock)
-        members = {"__module__": __name__, "__doc__": f"{stock} on a compressed cache.", "stock": behind}
-        setattr(vlm, name, type(name, (ours, behind), members))
-    return getattr(vlm, name)
+    adapter = FAMILIES[family].vlmevalkit
+    if adapter is None:
+        raise ValueError(f"The family {family} has no model in VLMEvalKit.")
+    if not hasattr(vlm, adapter.name):
+        if not hasattr(vlm, adapter.stock):
+            raise ValueError(f"This VLMEvalKit has no class {adapter.stock!r}, which {family} needs.")
+        behind = getattr(vlm, adapter.stock)
+        members = {
+            "__module__": __name__,
+            "__doc__": f"{adapter.stock} on a compressed cache.",
+            "family": FAMILIES[family],
+            "stock": behind,
+        }
+        setattr(vlm, adapter.name, type(adapter.name, (CompressedVLM, behind), members))
+    return getattr(vlm, adapter.name)
 
 
 def kv_record(batch: Batch, settings: dict[str, Any]) -> dict[str, Any]:
@@ -319,7 +296,7 @@ def kv_record(batch: Batch, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _entry(name: str, files: Mapping[str, str], classes: dict[str, type[CompressedVLM]], supported: dict) -> partial:
+def _entry(name: str, files: Mapping[str, str], supported: dict) -> partial:
     """What `supported_VLM` holds for this name: our class with its arguments, those of the stock entry included."""
     base, method, settings = parse_name(name, files)
     arguments: dict[str, Any] = {"pretrained": DEMO}
@@ -330,6 +307,6 @@ def _entry(name: str, files: Mapping[str, str], classes: dict[str, type[Compress
         arguments["pretrained"] = arguments.pop("model_path")
     if base.spread:
         arguments["device_map"] = "auto"
-    cls = classes[base.family]
+    cls = model_class(base.family)
     cls.check(method, arguments | settings)
     return partial(cls, method=method, **arguments | settings)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm_lmms.config import CompressionConfig
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import known_settings, unused_settings
@@ -35,19 +36,13 @@ class Base:
 
 
 BASES = {
-    "LLaVA-NeXT-Vicuna-7B": Base("llava_next", "llava_next_vicuna_7b"),
-    "LLaVA-NeXT-Vicuna-13B": Base("llava_next", "llava_next_vicuna_13b"),
-    "LLaVA-NeXT-Mistral-7B": Base("llava_next", "llava_next_mistral_7b"),
-    "LLaVA-NeXT-Llama3-8B": Base("llava_next", "llava_next_llama3"),
-    "LLaVA-NeXT-Yi-34B": Base("llava_next", "llava_next_yi_34b", spread=True),
-    "LLaVA-NeXT-Qwen-72B": Base("llava_next", "llava_next_72b", spread=True),
-    "LLaVA-NeXT-Qwen-110B": Base("llava_next", "llava_next_110b", spread=True),
-    "LLaVA-NeXT-Demo": Base("llava_next", None),
-    "Qwen2VL-2B-Instruct": Base("qwen2_vl", "Qwen2-VL-2B-Instruct"),
-    "Qwen2VL-7B-Instruct": Base("qwen2_vl", "Qwen2-VL-7B-Instruct"),
-    "Qwen2VL-72B-Instruct": Base("qwen2_vl", "Qwen2-VL-72B-Instruct", spread=True),
-    "Qwen2VL-Demo": Base("qwen2_vl", None),
+    word: Base(name, stock, word in family.vlmevalkit.spread)
+    for name, family in FAMILIES.items()
+    if family.vlmevalkit is not None
+    for word, stock in family.vlmevalkit.checkpoints.items()
 }
+"""First word of a name -> the checkpoint."""
+
 LISTED_BUDGETS = (64, 128, 256, 512, 1024)
 """Budgets that `register` lists by itself; any other is resolved when it is asked for."""
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.model_wrappers.vlmevalkit.names import BASES, hash_scores, is_ours, parse_name
 
 INSTALL = (
@@ -139,12 +140,12 @@ def check_config(path: Path) -> list[str]:
     """
     from vlmeval.smp import load
 
-    from sparsemm_lmms.model_wrappers.vlmevalkit.model import ADAPTERS, model_class
+    from sparsemm_lmms.model_wrappers.vlmevalkit.model import model_class
 
     if not path.is_file():
         raise FileNotFoundError(f"--config {path} does not exist.")
     models: dict[str, dict[str, Any]] = load(str(path)).get("model", {})
-    families = {name: family for family, (_, _, name) in ADAPTERS.items()}
+    families = {family.vlmevalkit.name: name for name, family in FAMILIES.items() if family.vlmevalkit is not None}
     names = []
     for name, entry in models.items():
         given = dict(entry)

@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemm_lmms.visual_heads.commands import ModelFamily, calibration_source, named_model
+from sparsemm_lmms.visual_heads.commands import DEFAULT_FAMILY, ModelFamily, calibration_source, named_model
 
 MODES = ("free", "teacher")
 
 
 def scoring(
-    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = ModelFamily.llava_next,
+    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = DEFAULT_FAMILY,
     pretrained: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     images: Annotated[int, typer.Option(min=1, help="Calibration images to generate from.")] = 8,

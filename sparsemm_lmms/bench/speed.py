@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-Preset = Annotated[str, typer.Option(help="llava-next-vicuna-7b, llava-next-mistral-7b, qwen2-vl-7b, tiny-...")]
+from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
+from sparsemm_lmms.families import FAMILIES
+
+PRESETS = [name for family in FAMILIES.values() for name in family.bench]
+SMALLEST = next(name for name in FAMILIES[DEMO_FAMILIES[0]].bench if name.startswith("tiny-"))
+Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}.")]
 Contexts = Annotated[str, typer.Option(help="Comma-separated tokens in the prompt, image tokens included.")]
 Batches = Annotated[str, typer.Option(help="Comma-separated batch sizes.")]
 Budget = Annotated[int, typer.Option(min=33, help="Tokens kept per kv head on average, the window of 32 included.")]
@@ -34,7 +39,7 @@ def numbers(name: str, text: str) -> list[int]:
 
 
 def decode(
-    preset: Preset = "tiny-llava-next",
+    preset: Preset = SMALLEST,
     context: Contexts = "512,1024",
     batch: Batches = "1",
     budget: Budget = 256,
@@ -56,7 +61,7 @@ def decode(
 
 
 def prefill(
-    preset: Preset = "tiny-llava-next",
+    preset: Preset = SMALLEST,
     context: Contexts = "512,1024",
     batch: Batches = "1",
     budget: Budget = 256,
@@ -103,7 +108,7 @@ def compression(
 
 
 def memory(
-    preset: Preset = "tiny-llava-next",
+    preset: Preset = SMALLEST,
     prompts: Annotated[int, typer.Option(min=6, help="Prompts in a row.")] = 500,
     method: Annotated[str, typer.Option(help="A method of ours, or stock.")] = "sparsemm",
     budget: Budget = 64,

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemm_lmms.families import family_of
 from sparsemm_lmms.head_scores import write_atomically
 from sparsemm_lmms.json_files import checked, read_bytes, read_json
 from sparsemm_lmms.reports.markdown import code, item, plain
@@ -187,7 +188,7 @@ def _of_results(path: Path) -> Run:
     samples = data["n-samples"]
     checked(samples, {task: {"effective": float} for task in samples}, where, MEND, "n-samples")
     settings = record["settings"]
-    family = next((f for f in ("llava_next", "qwen2_vl") if settings["model"].startswith(f"{f}_")), settings["model"])
+    family = family_of(settings["model"]) or settings["model"]
     scores = {
         task: {name.removesuffix(",none"): float(v) for name, v in values.items() if _is_score(name, v)}
         for task, values in data["results"].items()

@@ -8,14 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.reports.statistics import Block
-
-MODELS = {
-    "llava-v1.6-vicuna-7b": "LLaVA-NeXT-Vicuna-7B",
-    "llava-v1.6-mistral-7b": "LLaVA-NeXT-Mistral-7B",
-    "qwen2-vl-7b-instruct": "Qwen2-VL-7B-Instruct",
-}
-"""Name of a checkpoint, as it stands on the hub but for `-hf` -> the paper's."""
 
 METHODS = {"SparseMM": "sparsemm", "SnapKV": "snapkv", "PyramidKV": "pyramidkv", "AdaKV": "adakv", "Random": "random"}
 PARTS = {("no", "no"): "local_window", ("yes", "no"): "snapkv", ("yes", "yes"): "sparsemm"}
@@ -62,7 +56,8 @@ def published(block: Block) -> list[Published]:
     >>> published(block)[0]
     Published(method='sparsemm', budget=512, value=0.6451, ratio=None)
     """
-    model = MODELS.get(block.model.lower().removesuffix("-hf"))
+    names = {checkpoint: name for family in FAMILIES.values() for checkpoint, name in family.in_papers.items()}
+    model = names.get(block.model.lower().removesuffix("-hf"))
     benchmark = TASKS.get(block.task)
     if model is None or benchmark is None or benchmark.metric != block.metric:
         return []

@@ -46,7 +46,7 @@ class ChaseSettings:
     """How to chase; everything here is recorded in the provenance and compared when a run is resumed.
 
     mode: "free" (greedy decoding, the paper's) or "teacher" (one forward on the known text).
-    views: LLaVA-NeXT only, image tokens that count: "high" (the paper's) or "all" (the base view as well).
+    views: image tokens that count where there is a base view: "high" (the paper's) or "all" (the base view as well).
     token_text: see ``matching``. max_new_tokens: the paper's 1024, free running only.
     per_token: divide each sample's score by its counted tokens, so that a mixture's short answers weigh as much as
     whole transcriptions (published rule: False, a sum).

@@ -9,14 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.head_scores import HeadScores, write_atomically
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Find, look at and spend visual heads.")
 
 
-class ModelFamily(str, Enum):
-    llava_next = "llava_next"
-    qwen2_vl = "qwen2_vl"
+ModelFamily = Enum("ModelFamily", {name: name for name in FAMILIES}, type=str)  # type: ignore[misc]
+DEFAULT_FAMILY = ModelFamily(DEMO_FAMILIES[0])
 
 
 class ReadingMode(str, Enum):
@@ -37,7 +38,7 @@ class CountedViews(str, Enum):
 @app.command()
 def chase(
     output: Annotated[Path, typer.Option(help="Score file to write (JSON).")],
-    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = ModelFamily.llava_next,
+    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = DEFAULT_FAMILY,
     pretrained: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     images: Annotated[int, typer.Option(min=1, help="Calibration images (the paper: 1000).")] = 1000,
@@ -56,7 +57,7 @@ def chase(
         ReadingMode, typer.Option(help="free: greedy decoding (paper); teacher: one forward on the known text.")
     ] = ReadingMode.free,
     views: Annotated[
-        CountedViews, typer.Option(help="LLaVA-NeXT's image tokens that count: high (paper) or all.")
+        CountedViews, typer.Option(help="Image tokens that count beside a base view: high (paper) or all.")
     ] = CountedViews.high,
     token_text: Annotated[str, typer.Option(help="How a token's text is matched: stripped, decoded, piece.")] = (
         "stripped"
@@ -148,7 +149,7 @@ def show(
     image: Annotated[str, typer.Option(help="Picture to ask about; demo:K for calibration page K of the demo.")],
     plot: Annotated[Path, typer.Option(help="Picture to draw (.png or .svg).")],
     question: Annotated[str, typer.Option(help="Question about it; default: the demo page's own.")] = "",
-    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = ModelFamily.llava_next,
+    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = DEFAULT_FAMILY,
     pretrained: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     head_scores: Annotated[str, typer.Option(help="auto, a score file, random, ...")] = "auto",

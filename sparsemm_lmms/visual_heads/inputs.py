@@ -87,7 +87,7 @@ def with_answers(batch: Batch, answers: Sequence[Sequence[int]], pad: int, model
     if "mm_token_type_ids" in inputs:
         kinds = inputs["mm_token_type_ids"]
         inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(tail).to(kinds)], dim=1)
-    if model.config.model_type == "llava_next":
-        # What `generate` does for left padding; M-RoPE models find their positions from the mask themselves.
+    if not hasattr(model.base_model, "get_rope_index"):
+        # What `generate` does for left padding; models with positions in three axes find them from the mask themselves.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return inputs

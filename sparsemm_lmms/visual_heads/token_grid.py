@@ -1,14 +1,14 @@
 """Where image tokens look: prompt positions of image tokens -> pixel boxes of the original image.
 
 A visual head is found by asking whether the image token it attends to lies on the word being written
-(SparseMM, https://arxiv.org/abs/2506.05344, §3), so each family needs the exact geometry of its preprocessing.
+(SparseMM, https://arxiv.org/abs/2506.05344, §3), so each kind of grid has the exact geometry of its preprocessing.
 
-* ``LlavaNextGrid``: base view (whole image, stretched), then the any-resolution tiles with padding removed, row by row,
+* ``AnyresGrid``: base view (whole image, stretched), then the any-resolution tiles with padding removed, row by row,
   each row ended by a newline token. ``transformers``' own ``select_best_resolution``, ``get_patch_output_size`` and
   ``unpad_image`` are called here, so a change of theirs moves this grid with it.
-* ``Qwen2VLGrid``: ``grid_thw`` after the spatial merge, row by row, frame group by frame group; images and videos.
+* ``PatchGrid``: ``grid_thw`` after the spatial merge, row by row, frame group by frame group; images and videos.
 
-The research code looks at LLaVA-NeXT's high-resolution view only (``views="high"``, the default) and divides pixels by
+The research code looks at the high-resolution view only (``views="high"``, the default) and divides pixels by
 a floored cell size, which drifts on sizes that the grid doesn't divide; here cells are exact.
 """
 
@@ -20,6 +20,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+
+from sparsemm_lmms.families import FAMILIES
 
 Views = Literal["high", "all"]
 NEWLINE, BASE, HIGH = -1, 0, 1
@@ -65,7 +67,7 @@ class _Item:
 
 
 class GridFamily(Protocol):
-    """What a model family provides."""
+    """What a kind of grid provides."""
 
     def grids(
         self,
@@ -77,14 +79,15 @@ class GridFamily(Protocol):
         ...
 
 
-class LlavaNextGrid:
-    """LLaVA-NeXT (``llava-hf/llava-v1.6-*``): ``config`` is the model's config.
+class AnyresGrid:
+    """A base view and any-resolution tiles: ``config`` is the model's config, ``tokens`` has the image token's id.
 
-    >>> # LlavaNextGrid(model.config).grids(processor(text=..., images=image, return_tensors="pt"), [image.size])
+    >>> # AnyresGrid(config, [id]).grids(processor(text=..., images=image, return_tensors="pt"), [image.size])
     """
 
-    def __init__(self, config: Any) -> None:
-        self.image_token_id: int = config.image_token_index
+    def __init__(self, config: Any, tokens: Sequence[int]) -> None:
+        self.model_type: str = config.model_type
+        self.image_token_id = tokens[0]
         self.pinpoints: list[list[int]] = [list(pair) for pair in config.image_grid_pinpoints]
         self.tile: int = config.vision_config.image_size
         self.patch: int = config.vision_config.patch_size
@@ -96,7 +99,7 @@ class LlavaNextGrid:
         video_sizes: Sequence[tuple[int, int]] = (),
     ) -> list[TokenGrid]:
         if len(video_sizes):
-            raise ValueError("LLaVA-NeXT takes images only; give the frames as images.")
+            raise ValueError(f"{self.model_type} models take images only; give the frames as images.")
         images = [self._image(width, height) for width, height in image_sizes]
         return _place(inputs["input_ids"], {self.image_token_id: images})
 
@@ -124,12 +127,14 @@ class LlavaNextGrid:
         return _Item(view.astype(np.int8), np.zeros(len(view), np.int64), boxes)
 
 
-class Qwen2VLGrid:
-    """Qwen2-VL: images and videos; a video's token covers ``temporal_patch_size`` frames (one ``frame`` group)."""
+class PatchGrid:
+    """Images and videos as patches, merged; a video's token covers ``temporal_patch_size`` frames (a ``frame`` group).
 
-    def __init__(self, config: Any) -> None:
-        self.image_token_id: int = config.image_token_id
-        self.video_token_id: int = config.video_token_id
+    ``tokens``: ids of the image token and, where there is one, the video token.
+    """
+
+    def __init__(self, config: Any, tokens: Sequence[int]) -> None:
+        self.image_token_id, self.video_token_id = tokens[0], tokens[-1]
         self.merge: int = config.vision_config.spatial_merge_size
 
     def grids(
@@ -140,7 +145,9 @@ class Qwen2VLGrid:
     ) -> list[TokenGrid]:
         images = self._items(inputs.get("image_grid_thw"), image_sizes, "image")
         videos = self._items(inputs.get("video_grid_thw"), video_sizes, "video")
-        return _place(inputs["input_ids"], {self.image_token_id: images, self.video_token_id: videos})
+        if self.video_token_id == self.image_token_id and videos:
+            raise ValueError("This model has no token for videos; give the frames as images.")
+        return _place(inputs["input_ids"], {self.video_token_id: videos, self.image_token_id: images})
 
     def _items(self, grid_thw: Any, sizes: Sequence[tuple[int, int]], kind: str) -> list[_Item]:
         shapes = [] if grid_thw is None else np.asarray(grid_thw).reshape(-1, 3).tolist()
@@ -155,14 +162,23 @@ class Qwen2VLGrid:
         return items
 
 
-FAMILIES: dict[str, type] = {"llava_next": LlavaNextGrid, "qwen2_vl": Qwen2VLGrid}
+GRIDS: dict[str, type] = {"anyres": AnyresGrid, "patches": PatchGrid}
+"""Kind of grid, as families name it."""
 
 
 def grid_for(config: Any) -> GridFamily:
-    """The token grid of a model, by its config's ``model_type``."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"No token grid for model type {config.model_type!r}; known are {', '.join(FAMILIES)}.")
-    return FAMILIES[config.model_type](config)
+    """The token grid of a model, by its config's ``model_type``.
+
+    Raises:
+        ValueError: for a model type without one.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.grid is None:
+        known = [name for name, other in FAMILIES.items() if other.grid is not None]
+        raise ValueError(f"No token grid for model type {config.model_type!r}; known are {', '.join(known)}.")
+    if family.grid not in GRIDS:
+        raise ValueError(f"The grid {family.grid!r} of {family.model_type} is unknown; known are {', '.join(GRIDS)}.")
+    return GRIDS[family.grid](config, family.vision_ids(config))
 
 
 def _cells(rows: int, columns: int, width: float, height: float) -> np.ndarray:

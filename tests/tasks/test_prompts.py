@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,9 @@ from lmms_eval.evaluator_utils import get_task_list
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import load_yaml_config
 
-from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers import names
+from sparsemm_lmms.families import FAMILIES, LmmsEvalDefaults
+from sparsemm_lmms.model_wrappers.lmms_eval import manifest
+from sparsemm_lmms.presets import METHODS
 
 from .documents import COUNT
 
@@ -93,7 +95,9 @@ def test_families_with_keys_of_their_own_get_them(monkeypatch: pytest.MonkeyPatc
     configs = host_configs()
     assert len(configs) > 300
     for family in KEYED:
-        monkeypatch.setitem(names.FAMILIES, family, "Any")
+        defaults = LmmsEvalDefaults(prompts_of=family, max_new_tokens=1)
+        monkeypatch.setitem(FAMILIES, family, replace(FAMILIES["qwen2_vl"], model_type=family, lmms_eval=defaults))
+        monkeypatch.setitem(manifest.MODELS, f"{family}_sparsemm", (family, "sparsemm"))
     affected = set()
     for config in configs:
         for family in (*KEYED, *STOCK.values()):
@@ -109,6 +113,6 @@ def test_families_with_keys_of_their_own_get_them(monkeypatch: pytest.MonkeyPatc
 
 def test_stock_ids() -> None:
     for family, stock in (("llava_next", "llava_hf"), ("qwen2_vl", "qwen2_vl")):
-        assert {names.stock_id(f"{family}_{method}") for method in METHODS} == {stock}
+        assert {manifest.stock_id(f"{family}_{method}") for method in METHODS} == {stock}
     for name in ("qwen2_vl", "sparsemm", "gpt_random"):  # none of ours
-        assert names.stock_id(name) == name
+        assert manifest.stock_id(name) == name

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from sparsemm_lmms.visual_heads.token_grid import BASE, HIGH, NEWLINE, LlavaNextGrid, Qwen2VLGrid, grid_for
+from sparsemm_lmms.visual_heads.token_grid import BASE, HIGH, NEWLINE, grid_for
 
 from . import tiny
 
@@ -110,7 +110,7 @@ def check_positions(features, boxes, width, height, slack=0.16):
 def test_llava_next_matches_the_models_own_packing(llava, llava_processor, size):
     width, height = size
     inputs, (features,) = llava_features(llava, llava_processor, [position_image(width, height)])
-    (grid,) = LlavaNextGrid(llava.config).grids(inputs, [size])
+    (grid,) = grid_for(llava.config).grids(inputs, [size])
     assert len(grid.positions) == len(features) == int((inputs["input_ids"] == 3).sum())
     assert np.array_equal(grid.positions, np.flatnonzero(inputs["input_ids"][0].numpy() == 3))
     newline = features[:, 0] == -5.0
@@ -131,7 +131,7 @@ def test_llava_next_matches_the_models_own_packing(llava, llava_processor, size)
 @given(width=st.integers(1, 900), height=st.integers(1, 900))
 def test_llava_next_number_and_newlines_for_any_size(llava, llava_processor, width, height):
     inputs = llava_processor(text=["<image>"], images=[Image.new("RGB", (width, height))], return_tensors="pt")
-    (grid,) = LlavaNextGrid(llava.config).grids(inputs, [(width, height)])
+    (grid,) = grid_for(llava.config).grids(inputs, [(width, height)])
     image = torch.zeros(inputs["pixel_values"].shape[1], 16, 3)
     packed, _ = llava.model.pack_image_features([image], inputs["image_sizes"], "default", torch.full((3,), -5.0))
     assert np.array_equal(packed[0][:, 0].numpy() == -5.0, grid.view == NEWLINE)
@@ -142,7 +142,7 @@ def test_llava_next_several_images_and_left_padding(llava, llava_processor):
     images = [position_image(*size) for size in sizes]
     text = ["<image>and <image>", "a much longer question about <image> that makes padding"]
     inputs = llava_processor(text=text, images=images, padding=True, return_tensors="pt")
-    first, second = LlavaNextGrid(llava.config).grids(inputs, sizes)
+    first, second = grid_for(llava.config).grids(inputs, sizes)
     _, features = llava_features(llava, llava_processor, images)
     for row, (grid, mine) in enumerate([(first, [0, 1]), (second, [2])]):
         assert (inputs["input_ids"][row, grid.positions] == 3).all()
@@ -162,10 +162,10 @@ def test_a_coloured_box_lights_up_the_tokens_the_grid_names(llava, llava_process
     image = Image.new("RGB", (width, height))
     image.paste((255, 255, 255), box)
     inputs, (features,) = llava_features(llava, llava_processor, [image])
-    (grid,) = LlavaNextGrid(llava.config).grids(inputs, [(width, height)])
+    (grid,) = grid_for(llava.config).grids(inputs, [(width, height)])
     check_light(grid, np.where(features == -5.0, 0, features), box, views="all")
     inputs = qwen_processor(text=["<image>"], images=[image], return_tensors="pt")
-    (grid,) = Qwen2VLGrid(qwen.config).grids(inputs, [(width, height)])
+    (grid,) = grid_for(qwen.config).grids(inputs, [(width, height)])
     check_light(grid, qwen_features(qwen, inputs), box, views="high")
 
 
@@ -188,7 +188,7 @@ def check_light(grid, features, box, views):
 @pytest.mark.parametrize("size", [s for s in SIZES if min(s) > 8], ids=str)
 def test_qwen2_vl_images(qwen, qwen_processor, size):
     inputs = qwen_processor(text=["see <image>"], images=[position_image(*size)], return_tensors="pt")
-    (grid,) = Qwen2VLGrid(qwen.config).grids(inputs, [size])
+    (grid,) = grid_for(qwen.config).grids(inputs, [size])
     features = qwen_features(qwen, inputs)
     assert len(grid.positions) == len(features)
     assert np.array_equal(grid.positions, np.flatnonzero(inputs["input_ids"][0].numpy() == 3))
@@ -202,7 +202,7 @@ def test_qwen2_vl_several_images_and_a_video(qwen, qwen_processor):
     video = np.stack([np.asarray(frame) for frame in frames])
     text = ["one <image> then <video> and <image>", "nothing here"]
     inputs = qwen_processor(text=text, images=images, videos=[video], padding=True, return_tensors="pt")
-    grid, empty = Qwen2VLGrid(qwen.config).grids(inputs, sizes, [clip])
+    grid, empty = grid_for(qwen.config).grids(inputs, sizes, [clip])
     assert len(empty.positions) == 0 and len(empty.inside((0, 0, 9, 9))) == 0
     assert sorted(set(grid.item.tolist())) == [0, 1, 2]
     still, moving = qwen_features(qwen, inputs), qwen_features(qwen, inputs, video=True)
@@ -227,7 +227,7 @@ def test_views_is_a_choice(llava, llava_processor):
 
 def test_disagreements_are_errors(llava, llava_processor, qwen):
     inputs = llava_processor(text=["<image>"], images=[Image.new("RGB", (112, 112))], return_tensors="pt")
-    grids = LlavaNextGrid(llava.config).grids
+    grids = grid_for(llava.config).grids
     with pytest.raises(ValueError, match="needs .* tokens, but the prompt has|more image tokens"):
         grids(inputs, [(200, 56)])
     with pytest.raises(ValueError, match="more image tokens"):
@@ -237,6 +237,6 @@ def test_disagreements_are_errors(llava, llava_processor, qwen):
     with pytest.raises(ValueError, match="images only"):
         grids(inputs, [], [(8, 8)])
     with pytest.raises(ValueError, match="0 image grids but 1 image sizes"):
-        Qwen2VLGrid(qwen.config).grids(inputs, [(112, 112)])
+        grid_for(qwen.config).grids(inputs, [(112, 112)])
     with pytest.raises(ValueError, match="No token grid for model type 'bert'; known are llava_next, qwen2_vl"):
         grid_for(SimpleNamespace(model_type="bert"))

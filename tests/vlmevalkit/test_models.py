@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers.vlmevalkit.model import ADAPTERS, Record, model_class, register
+from sparsemm_lmms.model_wrappers.vlmevalkit.model import CompressedVLM, Record, model_class, register
 from sparsemm_lmms.model_wrappers.vlmevalkit.names import is_ours
 from sparsemm_lmms.session import CompressionSession
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = sorted(ADAPTERS)
 BASE_OF = {"llava_next": "LLaVA-NeXT", "qwen2_vl": "Qwen2VL"}
 
 
@@ -76,9 +76,9 @@ def test_other_names_are_resolved_when_asked_for(host: Any) -> None:
 def test_classes_stand_in_front_of_the_stock_ones(host: Any) -> None:
     import vlmeval.vlm
 
-    for family, (ours, stock, name) in ADAPTERS.items():
-        cls = getattr(vlmeval.vlm, name)
-        assert cls is model_class(family) and issubclass(cls, (ours,)) and issubclass(cls, getattr(vlmeval.vlm, stock))
+    for name, family in FAMILIES.items():
+        cls, stock = (getattr(vlmeval.vlm, part) for part in (family.vlmevalkit.name, family.vlmevalkit.stock))
+        assert cls is model_class(name) and cls.__bases__ == (CompressedVLM, stock)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -267,8 +267,11 @@ class Block:
         if name.partition(".")[0] in ("lmms_eval", "vlmeval"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
-from sparsemm_lmms.model_wrappers.vlmevalkit.model import Qwen2VLInVLMEvalKit
-assert Qwen2VLInVLMEvalKit.name_suffix("snapkv", {"budget": 64}) == "snapkv_b64"
+from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.model_wrappers.vlmevalkit.model import CompressedVLM
+for family in FAMILIES.values():
+    ours = type("Ours", (CompressedVLM,), {"family": family})
+    assert ours.name_suffix("snapkv", {"budget": 64}) == "snapkv_b64"
 import sparsemm_lmms.model_wrappers.vlmevalkit.run
 """
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from sparsemm_lmms import CompressionConfig, HeadScores
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import RunOptions
 from sparsemm_lmms.model_wrappers.vlmevalkit.model import (
     NOT_TOLD,
     TOLD,
+    CompressedVLM,
     HostOptions,
-    LlavaNextInVLMEvalKit,
-    Qwen2VLInVLMEvalKit,
 )
 from sparsemm_lmms.model_wrappers.vlmevalkit.names import (
     BASES,
@@ -58,8 +58,16 @@ EXAMPLES: dict[str, Any] = {
 METHOD_OF = {"r": "sparsemm", "f": "adakv", "skip": "adakv", "beta": "pyramidkv", "m": "mask", "s": "random"}
 
 
+class LlavaNext(CompressedVLM):
+    family = FAMILIES["llava_next"]
+
+
+class Qwen2VL(CompressedVLM):
+    family = FAMILIES["qwen2_vl"]
+
+
 def suffix(method: str, **settings: Any) -> str:
-    return Qwen2VLInVLMEvalKit.name_suffix(method, {"pretrained": "somewhere", **settings})
+    return Qwen2VL.name_suffix(method, {"pretrained": "somewhere", **settings})
 
 
 def test_no_name_triggers_a_rule_of_the_host() -> None:
@@ -115,7 +123,7 @@ def test_other_options_of_lmms_eval_are_refused() -> None:
 def test_defaults_are_not_told_and_strings_count_as_their_value() -> None:
     assert suffix("sparsemm", budget="64", window_size="32", ratio="0.1", dtype="auto") == "sparsemm_b64"
     assert suffix("fullkv", budget=64, window_size=16) == "fullkv"  # without effect: no difference to tell
-    assert LlavaNextInVLMEvalKit.name_suffix("mask_random", {"seed": 1}) == "mask_random_s1"
+    assert LlavaNext.name_suffix("mask_random", {"seed": 1}) == "mask_random_s1"
 
 
 def test_head_scores_are_told_by_content(tmp_path: Path) -> None:

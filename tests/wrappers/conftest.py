@@ -12,15 +12,13 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from lmms_eval.api.instance import Instance
 
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.arguments import RunOptions
 from sparsemm_lmms.model_wrappers.engine import Engine
-from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
 from sparsemm_lmms.model_wrappers.loading import load_checkpoint
 
 from . import tiny
-
-FAMILIES = {"llava_next": LLAVA_NEXT, "qwen2_vl": QWEN2_VL}
 
 TASK = """\
 task: tiny_images
@@ -65,7 +63,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Engine:
-    options = RunOptions(str(checkpoints[request.param]), min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 30)
+    limits = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 30} if FAMILIES[request.param].lmms_eval.pixel_limits else {}
+    options = RunOptions(str(checkpoints[request.param]), **limits)
     return Engine(load_checkpoint(FAMILIES[request.param], options, torch.device("cpu")))
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lmms_eval.models import get_model
 
 from sparsemm_lmms import CompressionConfig
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.methods import METHODS
-from sparsemm_lmms.model_wrappers import llava_next, loading, qwen2_vl
+from sparsemm_lmms.model_wrappers import loading
 from sparsemm_lmms.model_wrappers.arguments import (
     RunOptions,
     known_settings,
@@ -17,11 +19,10 @@ from sparsemm_lmms.model_wrappers.arguments import (
     split_arguments,
     unused_settings,
 )
-from sparsemm_lmms.model_wrappers.llava_next import LlavaNext, LlavaNextSnapkv
+from sparsemm_lmms.model_wrappers.lmms_eval.model import LlavaNextSnapkv
 from sparsemm_lmms.model_wrappers.loading import check_possible, load_checkpoint, read_device_map, resolve_device
-from sparsemm_lmms.model_wrappers.qwen2_vl import Qwen2VL
 
-LLAVA, QWEN = LlavaNext.family, Qwen2VL.family
+LLAVA, QWEN = FAMILIES["llava_next"], FAMILIES["qwen2_vl"]
 
 
 def test_strings_become_values() -> None:
@@ -70,7 +71,7 @@ def test_a_system_prompt_can_be_switched_off() -> None:
         (QWEN, "snapkv", {"ratio": 0.1}, "it belongs to sparsemm, random"),
         (QWEN, "adakv", {"head_scores": "auto"}, "it belongs to sparsemm, mask, mask_random"),
         (QWEN, "sparsemm", {"floor_ratio": 0.2}, "it belongs to adakv"),
-        (QWEN, "snapkv", {"budget": 0}, "budget=0 must be larger than window_size=32"),
+        (QWEN, "snapkv", {"budget": 0}, "budget=0 must be at least 1"),
         (QWEN, "snapkv", {"budget": -1}, "budget=-1"),
         (QWEN, "snapkv", {"budget": "abc"}, "budget='abc' is not a whole number"),
         (QWEN, "snapkv", {"budget": 16}, "must be larger than window_size=32"),
@@ -216,11 +217,10 @@ def test_triton_needs_cuda_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -
         check_possible(RunOptions("p"), config, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("name", ["LlavaNextMaskRandom", "Qwen2VLMaskRandom"])
+@pytest.mark.parametrize("name", ["llava_next_mask_random", "qwen2_vl_mask_random"])
 def test_a_mask_that_leaves_too_few_heads(name: str) -> None:
-    variants = {**vars(llava_next), **vars(qwen2_vl)}
     with pytest.raises(ValueError, match=r"mask_ratio=0.51 leaves too few heads for mask_random.*at most 0.5"):
-        variants[name].create_from_arg_string("pretrained=demo,device=cpu,mask_ratio=0.51")
+        get_model(name).create_from_arg_string("pretrained=demo,device=cpu,mask_ratio=0.51")
     for method, ratio in (("mask_random", 0.5), ("mask", 1.0)):
         check_possible(RunOptions("p"), CompressionConfig(method, mask_ratio=ratio), torch.device("cpu"))
 

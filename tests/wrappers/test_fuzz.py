@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.model_wrappers.arguments import known_run_options, known_settings, parse_arguments, split_arguments
-from sparsemm_lmms.model_wrappers.families import LLAVA_NEXT, QWEN2_VL
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
 from sparsemm_lmms.model_wrappers.loading import check_possible
-from sparsemm_lmms.model_wrappers.names import METHODS
+from sparsemm_lmms.presets import METHODS
 from sparsemm_lmms.visual_heads.sources import open_image
 
 BOUNDED = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -46,8 +46,8 @@ ANY = st.one_of(TEXT, st.none(), st.booleans(), st.integers(), st.floats(), st.l
 @BOUNDED
 @given(data=st.data())
 def test_arguments(data: st.DataObject) -> None:
-    family = data.draw(st.sampled_from([LLAVA_NEXT, QWEN2_VL]))
-    method = data.draw(st.sampled_from(METHODS))
+    family = data.draw(st.sampled_from(list(FAMILIES.values())))
+    method = data.draw(st.sampled_from(list(METHODS)))
     names = st.sampled_from(sorted(known_run_options(family, method) | known_settings(method))) | st.text(max_size=6)
     pairs = data.draw(st.lists(st.tuples(names, TEXT), max_size=3))
     try:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.model_wrappers import loading
 from sparsemm_lmms.model_wrappers.arguments import RunOptions
-from sparsemm_lmms.model_wrappers.llava_next import LlavaNext
 from sparsemm_lmms.model_wrappers.loading import load_checkpoint, read_config, resolve_device, resolve_dtype
-from sparsemm_lmms.model_wrappers.qwen2_vl import Qwen2VL
 
-LLAVA, QWEN = LlavaNext.family, Qwen2VL.family
+LLAVA, QWEN = FAMILIES["llava_next"], FAMILIES["qwen2_vl"]
 CPU = torch.device("cpu")
 
 

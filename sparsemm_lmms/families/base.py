@@ -1,0 +1,121 @@
+"""What a model family states about itself. No torch here, and no host: every start of lmms-eval reads the families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LmmsEvalDefaults:
+    """What lmms-eval's own model of the family uses where a task or the user says nothing.
+
+    Attributes:
+        prompts_of: id of that model. Task files choose prompts by the literal `--model`, so ours are looked up as it.
+        max_new_tokens: length of an answer at most.
+        system_prompt: text, or None for none.
+        strip_answers: whether white space around answers is removed.
+        pixel_limits: (min_pixels, max_pixels) to which images are resized, or None where images have no such limits.
+    """
+
+    prompts_of: str
+    max_new_tokens: int
+    system_prompt: str | None = None
+    strip_answers: bool = False
+    pixel_limits: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class VLMEvalKit:
+    """The family in VLMEvalKit.
+
+    Attributes:
+        stock: the host's class in `vlmeval.vlm`, whose prompts and image handling are used.
+        name: our class there, for `--config` files.
+        checkpoints: first word of our names (no underscore in it) -> the host's own name of that checkpoint, or None
+            for the packaged demo model. The host passes arguments of its own to names with `Qwen2-VL` or `Qwen2.5-VL`.
+        spread: those words whose checkpoints need several GPUs.
+        prepares_content: whether the stock class's `_prepare_content` writes the message and qwen-vl-utils reads the
+            images and videos in it; else texts and images are passed as they are, and there is no video.
+        cuts_answers: whether the stock class's `output_process` finds the answer in prompt and answer together.
+        attributes: what methods of the stock class read from the object, set by its constructor, which is not run.
+    """
+
+    stock: str
+    name: str
+    checkpoints: Mapping[str, str | None]
+    spread: tuple[str, ...] = ()
+    prepares_content: bool = False
+    cuts_answers: bool = False
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model with random weights for `sparsemm-lmms bench`.
+
+    Attributes:
+        config: values of its config; what all such models share (length, end tokens) is added.
+        image_side: largest side of an image of its prompts in tokens, for grids of any size.
+    """
+
+    config: Mapping[str, Any]
+    image_side: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one `model_type`. The name of the family is that type: `<model_type>_<method>` are its models.
+
+    Attributes:
+        model_type: `model_type` in the checkpoint's config.json.
+        architecture: class in transformers.
+        pretrained: default checkpoint.
+        vision_tokens: fields of the config with the ids of the image token and, if there is one, the video token.
+        grid: which kind of token grid its images have (`visual_heads.token_grid.GRIDS`), or None: no head scores can be
+            found for it, and those of a file are used.
+        lmms_eval: defaults of that host.
+        vlmevalkit: the family in that host, or None if it has no such model.
+        reads_video: whether video is understood.
+        in_papers: name of a checkpoint in lower case, without `-hf` -> what published tables call it.
+        bench: models of `sparsemm-lmms bench` by name.
+
+    Raises:
+        ValueError: for names that lmms-eval could not resolve.
+    """
+
+    model_type: str
+    architecture: str
+    pretrained: str
+    vision_tokens: tuple[str, ...]
+    grid: str | None
+    lmms_eval: LmmsEvalDefaults
+    vlmevalkit: VLMEvalKit | None = None
+    reads_video: bool = False
+    in_papers: Mapping[str, str] = field(default_factory=dict)
+    bench: Mapping[str, BenchModel] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.model_type:
+            raise ValueError("model_type is empty; give the model_type of the family's config.json.")
+        if not self.class_word.isidentifier():
+            raise ValueError(f"architecture={self.architecture!r} is no class of transformers; give its name.")
+        if not self.vision_tokens:
+            raise ValueError("vision_tokens names no field; give the config's field with the id of the image token.")
+        for word in self.vlmevalkit.checkpoints if self.vlmevalkit else ():
+            if not word or "_" in word:
+                raise ValueError(f"checkpoint {word!r} must be a word without underscore: the method stands behind it.")
+
+    @property
+    def class_word(self) -> str:
+        """How the names of its classes begin: the architecture without `ForConditionalGeneration`."""
+        return self.architecture.partition("For")[0]
+
+    def class_name(self, method: str) -> str:
+        """Name of the class of one method, for example `...LocalWindow` for `local_window`."""
+        return self.class_word + "".join(word.capitalize() for word in method.split("_"))
+
+    def vision_ids(self, config: Any) -> tuple[int, ...]:
+        """Ids of the tokens that stand for a piece of an image or a video, in the order of `vision_tokens`."""
+        return tuple(getattr(config, name) for name in self.vision_tokens)
