@@ -37,7 +37,7 @@ def part_rows() -> Rows:
     """Kind, name and first line of the docstring of every scorer and allocator."""
     from sparsemm_lmms.registry import allocator_names, find_allocator, find_scorer, scorer_names
 
-    found = [("scorer", name, find_scorer(name)) for name in scorer_names()]
+    found: list[tuple[str, str, type]] = [("scorer", name, find_scorer(name)) for name in scorer_names()]
     found += [("allocator", name, find_allocator(name)) for name in allocator_names()]
     return [(kind, f"`{name}`", (part.__doc__ or "").strip().splitlines()[0]) for kind, name, part in found]
 
@@ -58,7 +58,7 @@ def _settings() -> Iterator[tuple[str, str, str, str]]:
     from sparsemm_lmms.registry import allocator_names, find_allocator, find_scorer, scorer_names
     from sparsemm_lmms.settings import declared
 
-    owners = {name: find_scorer(name) for name in scorer_names()}
+    owners: dict[str, type] = {name: find_scorer(name) for name in scorer_names()}
     owners |= {name: find_allocator(name) for name in allocator_names()}
     shared = declared(CompressionConfig)
     for name, known in shared.items():

@@ -20,7 +20,7 @@ def broken(*args, **kwargs):
 @pytest.mark.parametrize(
     "kernel",
     ["sparsemm_lmms.cache.append", "sparsemm_lmms.cache.evict", "sparsemm_lmms.cache.ragged_decode",
-     "sparsemm_lmms.selection.window_score"],
+     "sparsemm_lmms.scorers.window_attention.window_score"],
 )  # fmt: skip
 def test_through_the_evaluator(
     kernel: str, arguments: Callable[..., str], task: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -63,9 +63,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Engine:
-    limits = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 30} if FAMILIES[request.param].lmms_eval.pixel_limits else {}
+    family = FAMILIES[request.param]
+    limits = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 30} if family.lmms_eval.pixel_limits else {}
     options = RunOptions(str(checkpoints[request.param]), **limits)
-    return Engine(load_checkpoint(FAMILIES[request.param], options, torch.device("cpu")))
+    return Engine(load_checkpoint(family, options, torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")
