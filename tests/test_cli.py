@@ -60,7 +60,7 @@ def test_mistakes_are_one_sentence(arguments: list[str], sentence: str) -> None:
 def test_a_mistake_leaves_no_traceback() -> None:
     done = run("demo", "--budgets", "0")
     assert done.returncode == 1
-    assert done.stderr.startswith("sparsemm-lmms: budget=0 must be larger") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sparsemm-lmms: budget=0 must be at least 1") and done.stderr.count("\n") == 1
 
 
 def test_demo_is_a_sweep_on_the_packaged_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

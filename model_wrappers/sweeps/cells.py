@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsemm_lmms.families import FAMILIES, Family
 from sparsemm_lmms.head_scores import HeadScores
-from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.methods import find_method
 from sparsemm_lmms.model_wrappers.arguments import (
     DEMO,
     RunOptions,
@@ -22,6 +22,7 @@ from sparsemm_lmms.model_wrappers.arguments import (
     known_settings,
     split_arguments,
 )
+from sparsemm_lmms.presets import FREE, FREE_PARTS, METHODS
 from sparsemm_lmms.settings import unknown_name
 from sparsemm_lmms.visual_heads.resolve import WORDS
 
@@ -87,7 +88,7 @@ class Cell:
     """One model, method and budget.
 
     Attributes:
-        method: as tables show it: a method, a control, or a draw of one (`random#3`).
+        method: as tables show it: a method (or `SCORER+ALLOCATOR`), a control, or a draw of one (`random#3`).
         budget: tokens per kv head, or None where nothing is evicted.
         variant: settings that an ablation changes.
     """
@@ -110,6 +111,11 @@ class Cell:
         base = self.method.partition("#")[0]
         return "sparsemm" if base in CONTROLS else base
 
+    @property
+    def registered_name(self) -> str:
+        """The method in the name of its model in lmms-eval."""
+        return FREE if "+" in self.method else self.registered_method
+
     def arguments(self, seed: int, batch_size: int) -> dict[str, Any]:
         """All arguments of its model."""
         base, _, draw = self.method.partition("#")
@@ -120,6 +126,8 @@ class Cell:
             given["budget"] = self.budget
         if base in DRAWN:
             given["seed"] = seed + int(draw or 0)
+        if self.registered_name == FREE:
+            given |= dict(zip(FREE_PARTS, base.split("+"), strict=True))
         if base in CONTROLS:
             measured = given.get("head_scores", "auto")
             given["head_scores"] = base if base == "uniform" or measured == "auto" else f"{base}:{measured}"
@@ -131,7 +139,7 @@ def main_cells(model: SweptModel, methods: Sequence[str], budgets: Sequence[int]
     yield Cell(model, "fullkv")
     for method in methods:
         cell = Cell(model, method)
-        if METHODS[cell.registered_method].compresses:
+        if find_method(cell.registered_method).compresses:
             yield from (Cell(model, method, budget) for budget in budgets)
         elif method != "fullkv":
             yield cell
@@ -180,11 +188,11 @@ def check(cells: Sequence[Cell]) -> None:
             if name not in known:
                 raise ValueError(unknown_name(f"argument in --model_args for {model.family}", name, sorted(known)))
         for cell in own:
-            split_arguments(model.host, cell.registered_method, cell.arguments(seed=0, batch_size=1))
+            split_arguments(model.host, cell.registered_name, cell.arguments(seed=0, batch_size=1))
 
 
 def parse_methods(text: str) -> list[str]:
-    """Comma-separated methods, controls and draws.
+    """Comma-separated methods, free combinations, controls and draws.
 
     >>> parse_methods("sparsemm, random#2")
     ['sparsemm', 'random#2']
@@ -192,7 +200,9 @@ def parse_methods(text: str) -> list[str]:
     names = words(text)
     for name in names:
         base, mark, draw = name.partition("#")
-        if base not in METHODS and base not in CONTROLS:
+        if "+" in base:
+            find_method(base)
+        elif base not in METHODS and base not in CONTROLS:
             raise ValueError(unknown_name("method", base, (*METHODS, *CONTROLS)))
         if mark and (base not in DRAWN or not draw.isdecimal()):
             raise ValueError(f"--methods {name}: draws are whole numbers of {', '.join(DRAWN)}, for example random#3.")

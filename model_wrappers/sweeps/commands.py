@@ -34,7 +34,10 @@ def sweep(
         str, typer.Option("--model_args", help="name=value,... for all cells: pretrained, dtype, ratio, ...")
     ] = "",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; also permuted, layer_mean, uniform, random#3. fullkv always runs.")
+        str,
+        typer.Option(
+            help="Comma-separated; also permuted, layer_mean, uniform, random#3, SCORER+ALLOCATOR. fullkv always runs."
+        ),
     ] = "",
     budgets: Annotated[str, typer.Option(help="Comma-separated tokens per kv head, the window included.")] = "",
     tasks: Annotated[str, typer.Option(help="Comma-separated tasks or groups of lmms-eval.")] = "",

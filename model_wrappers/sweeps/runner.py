@@ -29,8 +29,9 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 
 from sparsemm_lmms.cli import tasks_folder
-from sparsemm_lmms.model_wrappers.lmms_eval.commands import metrics, replaced
+from sparsemm_lmms.model_wrappers.lmms_eval.commands import metrics
 from sparsemm_lmms.model_wrappers.lmms_eval.manifest import stock_id
+from sparsemm_lmms.model_wrappers.lmms_eval.patches import patched, replaced
 from sparsemm_lmms.model_wrappers.sweeps.cells import Cell, SweptModel
 from sparsemm_lmms.model_wrappers.sweeps.plan import Plan
 from sparsemm_lmms.reports.results import KEY
@@ -190,7 +191,7 @@ class LoadedModel:
 
     def _host_model(self, cell: Cell) -> Any:
         arguments = cell.arguments(self.plan.seed, self.plan.batch_size)
-        kind = get_model(f"{cell.model.family}_{cell.registered_method}")
+        kind = get_model(f"{cell.model.family}_{cell.registered_name}")
         return kind(checkpoint=self.checkpoint, **arguments)
 
 
@@ -223,7 +224,7 @@ def _record(
 
 def host_defaults() -> argparse.Namespace:
     """What lmms-eval's command line passes to its evaluator where nothing was typed."""
-    with replaced(sys, argv=["lmms-eval"]):
+    with patched(), replaced(sys, argv=["lmms-eval"]):
         return host.parse_eval_args()[1]
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.families import FAMILIES, VLMEvalKit
-from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.methods import find_method
 from sparsemm_lmms.model_wrappers.arguments import DEMO, RunOptions, split_arguments
 from sparsemm_lmms.model_wrappers.compressed import CompressedModel
 from sparsemm_lmms.model_wrappers.engine import Batch, Engine, Prompt
@@ -93,7 +93,7 @@ class CompressedVLM(CompressedModel):
     """Our half of the classes for the host; `model_class` puts it in front of a stock class of the host.
 
     Args:
-        method: one of `sparsemm_lmms.methods.METHODS`.
+        method: one of `sparsemm_lmms.presets.METHODS`, or `SCORER+ALLOCATOR`.
         given: settings of the compression, of the run and of the host (`CompressionConfig`, `RunOptions`,
             `HostOptions`).
     """
@@ -125,8 +125,7 @@ class CompressedVLM(CompressedModel):
         Raises:
             ValueError: one sentence.
         """
-        if method not in METHODS:
-            raise ValueError(unknown_name("method", method, tuple(METHODS)))
+        find_method(method)
         host, rest = HostOptions.split(given, pixels=cls.family.lmms_eval.pixel_limits is not None)
         for name in {field.name for field in dataclasses.fields(RunOptions)} - {*TOLD, *NOT_TOLD}:
             if rest.get(name) is not None:

@@ -7,7 +7,7 @@ name contains `Qwen2-VL`, to which the host passes arguments of its own (hence `
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -18,9 +18,10 @@ from typing import Any
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.head_scores import HeadScores
-from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.methods import METHODS, all_settings, find_method
 from sparsemm_lmms.model_wrappers.arguments import known_settings, unused_settings
-from sparsemm_lmms.settings import parse_value, unknown_name
+from sparsemm_lmms.registry import allocator_names, scorer_names
+from sparsemm_lmms.settings import Setting, declared, parse_value, unknown_name
 
 
 @dataclass(frozen=True)
@@ -46,44 +47,56 @@ BASES = {
 LISTED_BUDGETS = (64, 128, 256, 512, 1024)
 """Budgets that `register` lists by itself; any other is resolved when it is asked for."""
 
-NUMBERS = {
-    "b": ("budget", "int"),
-    "w": ("window_size", "int"),
-    "k": ("kernel_size", "int"),
-    "r": ("ratio", "float"),
-    "f": ("floor_ratio", "float"),
-    "skip": ("skip", "int"),
-    "beta": ("beta", "int"),
-    "m": ("mask_ratio", "float"),
-    "s": ("seed", "int"),
+HOST_NUMBERS = {
     "minp": ("min_pixels", "int"),
     "maxp": ("max_pixels", "int"),
     "new": ("max_new_tokens", "int"),
 }
-"""Word in a name, followed by its number -> setting."""
+"""Word in a name, followed by its number -> setting; those of the compression are declared with it."""
 
-FLAGS: dict[str, tuple[str, Any]] = {
-    "maxpool": ("pooling", "maxpool"),
-    "gqamax": ("gqa_func", "max"),
-    "nonorm": ("normalize", False),
-    "redist": ("redistribute", True),
+RUN_FLAGS: dict[str, tuple[str, Any]] = {
     "cbq": ("compress_before_question", True),
     "fp32": ("dtype", "float32"),
     "bf16": ("dtype", "bfloat16"),
     "fp16": ("dtype", "float16"),
     "eager": ("attn_implementation", "eager"),
     "fa2": ("attn_implementation", "flash_attention_2"),
-    "torch": ("kernel_backend", "torch"),
-    "triton": ("kernel_backend", "triton"),
+}
+HOST_FLAGS: dict[str, tuple[str, Any]] = {
     "stockgen": ("generation", "stock"),
     "dataprompt": ("use_custom_prompt", False),
 }
-"""Word in a name -> setting and its value."""
+"""Word in a name -> setting and its value: of the run, and of the host."""
 
 CONTROLS = {"uniform": "uniform", "random": "random", "layermean": "layer_mean", "permuted": "permuted"}
 """Word after `hs-` -> `head_scores`; `hs-<8 hex digits>` stands for a score file by the hash of its content."""
 
 HASH_DIGITS = 8
+
+
+@functools.cache
+def vocabulary(method: str | None = None) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, Any]]]:
+    """(word before a number -> setting and its type, other words -> setting and value) of a method, or of all presets.
+
+    In the order in which names have them.
+    """
+    shared = declared(CompressionConfig)
+    own = find_method(method).settings if method else all_settings()
+    ordered = [*(shared[name] for name in ("budget", "window_size")), *own.values(), shared["seed"]]
+    numbers = {known.word: (known.name, known.kind) for known in ordered if known.word is not None}
+    backend = shared.pop("kernel_backend")
+    flags = _flags([*own.values(), *shared.values()]) | RUN_FLAGS | _flags([backend]) | HOST_FLAGS
+    return numbers | HOST_NUMBERS, flags
+
+
+def _flags(settings: Iterable[Setting]) -> dict[str, tuple[str, Any]]:
+    return {word: (known.name, value) for known in settings for word, value in known.words.items()}
+
+
+@functools.cache
+def known_methods() -> tuple[str, ...]:
+    """The presets and all free combinations `SCORER+ALLOCATOR`."""
+    return (*METHODS, *(f"{scorer}+{allocator}" for scorer in scorer_names() for allocator in allocator_names()))
 
 
 def listed_names() -> list[str]:
@@ -99,7 +112,7 @@ def listed_names() -> list[str]:
 def is_ours(name: str) -> bool:
     """Whether `name` is meant to be one of ours: a known checkpoint before, or a known method after an underscore."""
     base, _, rest = name.partition("_")
-    return bool(rest) and (base in BASES or any(_starts_with_word(rest, method) for method in METHODS))
+    return bool(rest) and (base in BASES or any(_starts_with_word(rest, method) for method in known_methods()))
 
 
 def parse_name(name: str, score_files: Mapping[str, str]) -> tuple[Base, str, dict[str, Any]]:
@@ -115,17 +128,18 @@ def parse_name(name: str, score_files: Mapping[str, str]) -> tuple[Base, str, di
     base, _, rest = name.partition("_")
     if base not in BASES:
         raise ValueError(unknown_name("checkpoint", base, tuple(BASES)) + f" The model name was {name!r}.")
-    method = max((m for m in METHODS if _starts_with_word(rest, m)), key=len, default=None)
+    method = max((m for m in known_methods() if _starts_with_word(rest, m)), key=len, default=None)
     if method is None:
         raise ValueError(unknown_name("method", rest.partition("_")[0], tuple(METHODS)) + f" In model name {name!r}.")
+    compresses = find_method(method).compresses
     settings: dict[str, Any] = {}
     for word in rest[len(method) :].split("_")[1:]:
-        setting, value = _read_word(word, name, score_files)
+        setting, value = _read_word(word, name, method, score_files)
         if setting in settings:
             raise ValueError(f"Model name {name!r} states {setting} twice; keep one of the two.")
         _check_effect(setting, word, name, method)
         settings[setting] = value
-    if METHODS[method].compresses and "budget" not in settings:
+    if compresses and "budget" not in settings:
         raise ValueError(f"Model name {name!r} does not state its budget; call it {name}_b256, for example.")
     return BASES[base], method, settings
 
@@ -136,8 +150,15 @@ def name_suffix(method: str, settings: Mapping[str, Any]) -> str:
     >>> name_suffix("snapkv", {"window_size": 16, "budget": 128, "pooling": "maxpool"})
     'snapkv_b128_w16_maxpool'
     """
-    words = [f"{word}{settings[name]}" for word, (name, _) in NUMBERS.items() if settings.get(name) is not None]
-    words += [word for word, (name, value) in FLAGS.items() if name in settings and settings[name] == value]
+    numbers, flags = vocabulary(method)
+    words = [f"{word}{settings[name]}" for word, (name, _) in numbers.items() if settings.get(name) is not None]
+    words += [word for word, (name, value) in flags.items() if name in settings and settings[name] == value]
+    tellable = {"head_scores", "system_prompt", *(name for name, _ in numbers.values())}
+    for name, value in settings.items():
+        if value is not None and name not in tellable and (name, value) not in flags.values():
+            raise ValueError(
+                f"{name}={value} has no word in VLMEvalKit's names, which tell all settings; leave it out."
+            )
     if settings.get("head_scores") is not None:
         words.append(_scores_word(settings["head_scores"]))
     if settings.get("system_prompt") is not None:  # a text: told by its hash, so only `--config` files can state it
@@ -152,9 +173,13 @@ def telling_settings(method: str, compression: CompressionConfig, others: Iterab
         others: (name, value, default) of the settings that are not the compression's.
     """
     used = known_settings(method) - set(unused_settings(method))
-    fields = [(f.name, getattr(compression, f.name), f.default) for f in dataclasses.fields(CompressionConfig)]
+    fields = [
+        (name, getattr(compression, name), known.default)
+        for name, known in CompressionConfig.settings_of(method).items()
+        if name != "method"
+    ]
     told = {name: value for name, value, default in fields if name in used and value != default}
-    if METHODS[method].compresses:
+    if find_method(method).compresses:
         told["budget"] = compression.budget
     return told | {name: value for name, value, default in others if value != default}
 
@@ -172,16 +197,17 @@ def _starts_with_word(text: str, word: str) -> bool:
     return text == word or text.startswith(word + "_")
 
 
-def _read_word(word: str, name: str, score_files: Mapping[str, str]) -> tuple[str, Any]:
-    if word in FLAGS:
-        return FLAGS[word]
+def _read_word(word: str, name: str, method: str, score_files: Mapping[str, str]) -> tuple[str, Any]:
+    numbers, flags = ({**theirs, **own} for theirs, own in zip(vocabulary(), vocabulary(method), strict=True))
+    if word in flags:
+        return flags[word]
     if word.startswith("hs-"):
         return "head_scores", _read_scores(word, name, score_files)
     match = re.fullmatch(r"([a-z]+?)([\d.].*)", word)
-    if match is None or match[1] not in NUMBERS:
-        known = [f"{w}<{setting}>" for w, (setting, _) in NUMBERS.items()] + [*FLAGS, "hs-<head scores>"]
+    if match is None or match[1] not in numbers:
+        known = [f"{w}<{setting}>" for w, (setting, _) in numbers.items()] + [*flags, "hs-<head scores>"]
         raise ValueError(f"Model name {name!r}: {word!r} is no setting; known: {', '.join(known)}.")
-    setting, kind = NUMBERS[match[1]]
+    setting, kind = numbers[match[1]]
     try:
         return setting, parse_value(setting, match[2], kind)
     except ValueError as error:
@@ -214,7 +240,7 @@ def _scores_word(spec: str) -> str:
 
 def _check_effect(setting: str, word: str, name: str, method: str) -> None:
     """Refuse a setting of another method, or one that has no effect: its name would tell a difference there isn't."""
-    of_another = setting in {f.name for f in dataclasses.fields(CompressionConfig)} - known_settings(method)
-    needless = setting == "head_scores" and not METHODS[method].needs_head_scores
+    of_another = setting in {*all_settings(), *CompressionConfig.settings_of(method)} - known_settings(method)
+    needless = setting == "head_scores" and not find_method(method).needs_head_scores
     if of_another or needless or setting in unused_settings(method):
         raise ValueError(f"Model name {name!r}: {word!r} ({setting}) has no effect on {method}; leave it out.")

@@ -47,7 +47,7 @@ def main() -> None:
         for cell in plan.cells:
             arguments = cell.arguments(plan.seed, plan.batch_size)
             model_args = ",".join(f"{name}={value}" for name, value in arguments.items() if name != "batch_size")
-            host = ["--model", f"{cell.model.family}_{cell.registered_method}", "--model_args", model_args]
+            host = ["--model", f"{cell.model.family}_{cell.registered_name}", "--model_args", model_args]
             host += ["--tasks", ",".join(plan.tasks), "--include_path", str(tasks_folder())]
             host += ["--output_path", f"{folder}/{cell.name}"]
             seconds = timed([sys.executable, "-m", "lmms_eval", *host, *shared])

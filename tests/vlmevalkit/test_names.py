@@ -10,7 +10,7 @@ import pytest
 
 from sparsemm_lmms import CompressionConfig, HeadScores
 from sparsemm_lmms.families import FAMILIES
-from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.methods import METHODS, all_settings
 from sparsemm_lmms.model_wrappers.arguments import RunOptions
 from sparsemm_lmms.model_wrappers.vlmevalkit.model import (
     NOT_TOLD,
@@ -21,14 +21,14 @@ from sparsemm_lmms.model_wrappers.vlmevalkit.model import (
 from sparsemm_lmms.model_wrappers.vlmevalkit.names import (
     BASES,
     CONTROLS,
-    FLAGS,
-    NUMBERS,
     hash_scores,
     is_ours,
     listed_names,
     name_suffix,
     parse_name,
+    vocabulary,
 )
+from sparsemm_lmms.settings import declared
 
 HOST_RULES = (
     "Llama-4",  # run.py's inference, inference_mt, inference_video: `use_vllm=` in the constructor
@@ -41,6 +41,7 @@ HOST_RULES = (
     "MiniCPM",
     "InternVL",
 )
+NUMBERS, FLAGS = vocabulary()
 EXAMPLES: dict[str, Any] = {
     "b": 96,
     "w": 16,
@@ -105,7 +106,7 @@ def test_every_word_goes_into_the_name_and_back(word: str) -> None:
 def test_no_setting_is_left_without_a_word() -> None:
     """A new setting must get a word here, or two runs that differ in it would share their outputs."""
     words = {setting for setting, _ in (*NUMBERS.values(), *FLAGS.values())} | {"head_scores", "system_prompt"}
-    assert {field.name for field in dataclasses.fields(CompressionConfig)} - {"method"} <= words
+    assert {*all_settings(), *declared(CompressionConfig)} - {"method"} <= words
     assert {field.name for field in dataclasses.fields(HostOptions)} <= words
     assert set(TOLD) <= words
     every = {"dtype": "float16", "attn_implementation": "eager", "kernel_backend": "torch", "pooling": "maxpool"}
@@ -164,6 +165,15 @@ def test_a_wrong_name_is_one_sentence(name: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
         parse_name(name, {})
     assert "\n" not in str(error.value)
+
+
+def test_free_combinations_have_names_too() -> None:
+    assert suffix("keydiff+pyramid", budget=64, beta=10) == "keydiff+pyramid_b64_beta10"
+    _, method, settings = parse_name("Qwen2VL-Demo_window_attention+uniform_b64_k7", {})
+    assert (method, settings) == ("window_attention+uniform", {"budget": 64, "kernel_size": 7})
+    assert is_ours("Anything_keydiff+uniform_b64")
+    with pytest.raises(ValueError, match="allocator=adakv holds the scores of heads against each other"):
+        parse_name("Qwen2VL-Demo_keydiff+adakv_b64", {})
 
 
 def test_methods_are_told_apart_from_longer_ones() -> None:

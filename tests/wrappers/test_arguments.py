@@ -112,8 +112,8 @@ def test_every_method_takes_the_shared_settings() -> None:
 def test_settings_without_effect_are_known_as_such() -> None:
     pooled = ("kernel_size", "pooling", "gqa_func")
     compression = ("budget", "window_size", "redistribute", "compress_before_question")
-    assert unused_settings("fullkv") == (*compression, *pooled, "seed")
-    assert unused_settings("local_window") == (*pooled, "seed")
+    assert set(unused_settings("fullkv")) == {*compression, *pooled, "seed"}
+    assert set(unused_settings("local_window")) == {*pooled, "seed"}
     assert unused_settings("snapkv") == ("seed",)
     assert unused_settings("random") == unused_settings("sparsemm") == ()
 
