@@ -9,9 +9,7 @@ import math
 import re
 import sys
 import traceback
-import types
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,7 +135,9 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
     """
     from lmms_eval import __main__ as host
 
-    from sparsemm_lmms.model_wrappers.lmms_eval.patches import Ended, check_output
+    from sparsemm_lmms.model_wrappers.lmms_eval.endings import Ended
+    from sparsemm_lmms.model_wrappers.lmms_eval.patches import the_command
+    from sparsemm_lmms.model_wrappers.lmms_eval.saving import check_output
 
     if not sys.argv[1:] and arguments is None:
         raise ValueError(f"eval needs lmms-eval's arguments, for example --model {OURS[0]} --tasks ocrbench.")
@@ -168,8 +168,7 @@ def run_host(arguments: argparse.Namespace | None = None) -> list[dict[str, Any]
         return made
 
     _check_model(arguments or host.parse_eval_args()[1])
-    silent = types.SimpleNamespace(print_exc=lambda: None)  # the host prints one for a wrong word as well
-    with replaced(host, cli_evaluate_single=remembering, TaskManager=with_our_tasks, traceback=silent):
+    with the_command(host, remembering, with_our_tasks):
         try:
             host.cli_evaluate(arguments)
         except Exception as error:  # as the host does with --verbosity=DEBUG
@@ -234,16 +233,3 @@ def print_comparison(old: dict[tuple[str, str], float], new: dict[tuple[str, str
         table.add_row(Text(task), Text(name), f"{before:.6g}", f"{after:.6g}", "equal" if equal else "differs")
     Console().print(table)
     return same
-
-
-@contextmanager
-def replaced(module: Any, **values: Any) -> Iterator[None]:
-    """Attributes of a module that have other values inside the block."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)

@@ -24,8 +24,9 @@ from sparsemm_lmms.model_wrappers.engine import Engine, Prompt
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
 from sparsemm_lmms.model_wrappers.likelihood import Document, read_document, score
 from sparsemm_lmms.model_wrappers.lmms_eval import requests as host_requests
+from sparsemm_lmms.model_wrappers.lmms_eval.endings import ends_the_command
 from sparsemm_lmms.model_wrappers.lmms_eval.manifest import CLASSES
-from sparsemm_lmms.model_wrappers.lmms_eval.patches import ends_the_command, install
+from sparsemm_lmms.model_wrappers.lmms_eval.patches import install
 from sparsemm_lmms.model_wrappers.lmms_eval.statistics import CacheTokenCounts, RunStatistics
 from sparsemm_lmms.model_wrappers.loading import Checkpoint, resolve_device
 from sparsemm_lmms.model_wrappers.media import FrameSampling
@@ -49,7 +50,6 @@ class CompressedChatModel(CompressedModel, lmms):
     def __init__(self, /, max_batch_size: Any = None, checkpoint: Checkpoint | None = None, **model_args: Any) -> None:
         super().__init__()
         install(CompressedChatModel)
-        host_requests.repair()
         self.statistics: list[RunStatistics] = []
         self._ignored: set[str] = set()
         del max_batch_size  # the host's, for automatic batch sizes, which `batch_size` refuses

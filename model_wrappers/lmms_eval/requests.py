@@ -1,8 +1,4 @@
-"""What lmms-eval hands to a chat model: how its requests are read, ordered and grouped.
-
-`repair` mends two places of lmms-eval 0.7 that keep likelihood tasks from every chat model: their requests are refused
-when they are built, and the (loss, is_greedy) that comes back is turned into text before it is scored.
-"""
+"""What lmms-eval hands to a chat model: how its requests are read, ordered and grouped."""
 
 from __future__ import annotations
 
@@ -12,14 +8,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import lmms_eval.evaluator
 from lmms_eval.api.instance import Instance
-from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
+from lmms_eval.api.task import ConfigurableMessagesTask
 from loguru import logger
 from PIL import ImageFile
 
 from sparsemm_lmms.model_wrappers.engine import Conversation
-from sparsemm_lmms.model_wrappers.lmms_eval.patches import wrap
 from sparsemm_lmms.model_wrappers.memory import is_out_of_memory
 
 LIKELIHOOD_TASKS = ("loglikelihood", "multiple_choice")
@@ -144,22 +138,3 @@ def by_size(
             items.sort(key=lambda item: -size(*item))
         for first in range(0, len(items), batch_size):
             yield items[first : first + batch_size]
-
-
-def repair() -> None:
-    """Let chat models of lmms-eval serve likelihood tasks, once a process; other requests pass through."""
-    if not hasattr(ConfigurableMessagesTask.construct_requests, "__wrapped__"):
-        wrap(ConfigurableMessagesTask, "construct_requests", _with_likelihood)
-        wrap(lmms_eval.evaluator, "unwrap_generation_output", _keep_pairs)
-
-
-def _with_likelihood(original: Callable[..., Any], task: ConfigurableTask, *args: Any, **kwargs: Any) -> Any:
-    if task.OUTPUT_TYPE in LIKELIHOOD_TASKS:
-        return ConfigurableTask.construct_requests(task, *args, **kwargs)
-    return original(task, *args, **kwargs)
-
-
-def _keep_pairs(original: Callable[..., Any], output: Any) -> tuple[Any, Any]:
-    if isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], bool):
-        return tuple(output), None  # a list where it comes from the response cache
-    return original(output)

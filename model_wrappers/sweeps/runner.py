@@ -62,6 +62,7 @@ def complete(sweep: Path, cell: Cell) -> CellRecord | None:
     return record if record is not None and record.error is None else None
 
 
+@patched()
 def run(plan: Plan, sweep: Path, watcher: Watcher) -> None:
     """Run all cells that are not complete. A cell that fails is recorded with its error, and the next one runs.
 
@@ -224,7 +225,7 @@ def _record(
 
 def host_defaults() -> argparse.Namespace:
     """What lmms-eval's command line passes to its evaluator where nothing was typed."""
-    with patched(), replaced(sys, argv=["lmms-eval"]):
+    with replaced(sys, argv=["lmms-eval"]):
         return host.parse_eval_args()[1]
 
 

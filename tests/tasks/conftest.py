@@ -10,7 +10,7 @@ import pytest
 from lmms_eval.tasks import TaskManager
 
 from sparsemm_lmms.cli import tasks_folder
-from sparsemm_lmms.model_wrappers.lmms_eval import patches as host
+from sparsemm_lmms.model_wrappers.lmms_eval import patches
 from sparsemm_lmms.model_wrappers.lmms_eval.model import CompressedChatModel
 
 from .documents import write
@@ -25,7 +25,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def manager() -> TaskManager:
     """The host's index of all tasks, ours included. Set `model_name` before loading a task."""
-    host.install(CompressedChatModel)  # as a model of ours does before the host loads any task
+    patches.install(CompressedChatModel)  # as a model of ours does before the host loads any task
     return TaskManager(include_path=str(tasks_folder()))
 
 

@@ -15,9 +15,8 @@ from tenacity import Future, RetryError
 
 from sparsemm_lmms import failures
 from sparsemm_lmms.cli import main
-from sparsemm_lmms.model_wrappers.lmms_eval import commands
+from sparsemm_lmms.model_wrappers.lmms_eval import commands, saving
 from sparsemm_lmms.model_wrappers.lmms_eval import model as base
-from sparsemm_lmms.model_wrappers.lmms_eval import patches as host
 from sparsemm_lmms.reports.results import KEY
 
 from .conftest import png
@@ -116,8 +115,8 @@ def test_what_the_host_wrote_in_part_is_written_whole(tmp_path: Path) -> None:
         (tmp_path / "r/now_samples_t.jsonl").write_text('{"doc_id": 0}\n{"doc_id": 1}\n{"doc_')
 
     tracker = _tracker(tmp_path)
-    host._saved_results(half, tracker, results, {"t": samples}, "now")
-    host._saved_samples(two_of_three, tracker, "t", samples)
+    saving.save_results(half, tracker, results, {"t": samples}, "now")
+    saving.save_samples(two_of_three, tracker, "t", samples)
     assert json.loads((tmp_path / "r/now_results.json").read_text()) == results
     lines = (tmp_path / "r/now_samples_t.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"doc_id": i} for i in range(3)]

@@ -21,8 +21,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from sparsemm_lmms import HeadScores
 from sparsemm_lmms.cli import app as cli
 from sparsemm_lmms.cli import main, tasks_folder
-from sparsemm_lmms.model_wrappers.lmms_eval import commands
-from sparsemm_lmms.model_wrappers.lmms_eval import patches as host
+from sparsemm_lmms.model_wrappers.lmms_eval import commands, patches, recording
 from sparsemm_lmms.model_wrappers.lmms_eval.model import CompressedChatModel
 from sparsemm_lmms.model_wrappers.lmms_eval.records import fingerprint, settings_of_evaluation
 from sparsemm_lmms.reports.results import KEY, read_results
@@ -132,11 +131,11 @@ def test_a_response_cache_of_other_settings_is_not_used(
 
 
 def test_the_hosts_other_models_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    host.install(CompressedChatModel)
+    patches.install(CompressedChatModel)
     import lmms_eval.evaluator
 
     before = lmms_eval.evaluator.evaluate
-    host.install(CompressedChatModel)
+    patches.install(CompressedChatModel)
     assert lmms_eval.evaluator.evaluate is before  # wrapped once
     seen: list[dict[str, Any]] = []
 
@@ -144,7 +143,7 @@ def test_the_hosts_other_models_pass_through(monkeypatch: pytest.MonkeyPatch) ->
         seen.append({"lm": lm, "cli_args": cli_args})
         return "theirs"
 
-    assert host._recorded(CompressedChatModel, original, lm="another", task_dict={}) == "theirs"
+    assert recording.recorded(CompressedChatModel, original, lm="another", task_dict={}) == "theirs"
     assert seen == [{"lm": "another", "cli_args": None}]
 
 
