@@ -29,8 +29,12 @@ HARMLESS = frozenset(TransformersKwargs.__optional_keys__) | {
 }  # fmt: skip
 
 
-def register(prefill: str) -> str:
+def register(prefill: str, mixed: bool = False) -> str:
     """Register our functions on top of the stock implementation `prefill` and return their name.
+
+    Args:
+        mixed: whether the model has layers that are not compressed: then all masks are the stock ones, since a mask
+            function is not told whose mask it makes. Compressed layers pass over theirs once the prompt is read.
 
     Raises:
         ValueError: if transformers has no such implementation or it makes no masks.
@@ -39,9 +43,10 @@ def register(prefill: str) -> str:
     known = [name for name in known if not name.startswith(PREFIX)]
     if prefill not in known:
         raise ValueError(f"attn_implementation={prefill!r} cannot run the prefill; known: {', '.join(known)}.")
-    name = PREFIX + prefill.replace("flash_attention_", "fa")
+    name = PREFIX + ("mixed_" if mixed else "") + prefill.replace("flash_attention_", "fa")
+    stock = ALL_MASK_ATTENTION_FUNCTIONS[prefill]
     AttentionInterface.register(name, partial(ragged_attention, prefill))
-    AttentionMaskInterface.register(name, partial(ragged_mask, ALL_MASK_ATTENTION_FUNCTIONS[prefill]))
+    AttentionMaskInterface.register(name, stock if mixed else partial(ragged_mask, stock))
     return name
 
 
@@ -66,6 +71,9 @@ def ragged_attention(
 ) -> tuple[Tensor, None]:
     """Prefill: stock attention over the full prompt, then compression. Later: append and attend to the segments.
 
+    A layer that is not compressed (sliding window, chunks) has stock attention. One that reads the keys of another
+    attends to what that one keeps, and neither compresses nor appends.
+
     Args:
         query: `[batch, q_heads, t, head_dim]`; key, value: `[batch, kv_heads, t, head_dim]`, post-RoPE.
         softcap: bound of the logits; s_aux: attention sinks `[q_heads]` (see `kernels.ragged_decode`).
@@ -82,7 +90,12 @@ def ragged_attention(
             "This model is under sparsemm_lmms.compress, but the forward pass carries no RaggedCache; call the model "
             "or generate with use_cache=True."
         )
-    layer = handoff.source
+    layer, owner = handoff.source, handoff.readers == 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    given = {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
+    if layer is None:
+        stock = _prefill_function(prefill, module)
+        return stock(module, query, key, value, attention_mask, scaling=scale, **given, **kwargs)[0], None
     if kwargs.get("sliding_window") is not None:
         raise ValueError("Sliding-window attention layers cannot be compressed; use a model with full attention.")
     for name, x in kwargs.items():  # decode steps would pass over it and give other logits
@@ -92,12 +105,15 @@ def ragged_attention(
     if s_aux is None and getattr(module, "sinks", None) is not None:
         raise ValueError(f"{type(module).__name__} has sinks, but does not pass them on: it cannot be compressed.")
     sinks = None if s_aux is None else s_aux.detach()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layer.is_initialized:
-        output = layer.extend(*_as_data(query, key, value), scale, layer.step, softcap, sinks).transpose(1, 2)
+    if not layer.at_prompt:
+        data = _as_data(query, key, value)
+        if owner:
+            output = layer.extend(*data, scale, layer.step, softcap, sinks)
+        else:
+            output = layer.attend(data[0], scale, layer.step, softcap, sinks)
+        output = output.transpose(1, 2)
     else:
         stock = _prefill_function(prefill, module)
-        given = {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
         for name in given:
             if not _heeds(stock, prefill, name):
                 mend = "it cannot be compressed" if prefill == "eager" else "load it with attn_implementation='eager'"
@@ -105,8 +121,9 @@ def ragged_attention(
                     f"{type(module).__name__} uses {name}, which attn_implementation={prefill!r} passes over: {mend}."
                 )
         output = stock(module, query, key, value, attention_mask, scaling=scale, **given, **kwargs)[0]
-        layer.fill(*_as_data(query, key, value), scale, layer.step, softcap, sinks)
-    if layer.silent is not None:
+        if owner:
+            layer.fill(*_as_data(query, key, value), scale, layer.step, softcap, sinks)
+    if owner and layer.silent is not None:
         output = output.masked_fill(layer.silent[:, None], 0)
     return output, None
 

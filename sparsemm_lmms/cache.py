@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from sparsemm_lmms.cpu_kernels import decode_plan
@@ -77,6 +77,10 @@ class RaggedLayer(CacheLayerMixin):
 
     Segments lie one after the other in (sequence, head) order. Addresses never move while the room lasts, so an append
     is O(1) and a CUDA graph can replay it.
+
+    Attributes:
+        layer_idx: index among the compressed layers of the model (see `RaggedCache`).
+        at_prompt: whether the pass under way is the one that brings the prompt.
     """
 
     is_sliding = False
@@ -89,7 +93,7 @@ class RaggedLayer(CacheLayerMixin):
         super().__init__()
         self.layer_idx, self.method, self.room = layer_idx, method, room
         self.step: Step | None = None
-        self.closed = False
+        self.closed = self.at_prompt = False
         masked = method.masked_heads()
         self.silent = None if masked is None else torch.from_numpy(masked[layer_idx])
         self.reset()
@@ -120,6 +124,7 @@ class RaggedLayer(CacheLayerMixin):
                 "it. Generate, streaming threads included, inside the block."
             )
         self.seen += key_states.shape[-2]
+        self.at_prompt = not self.is_initialized
         return hand_on(key_states, self), value_states
 
     def get_seq_length(self) -> int:
@@ -140,12 +145,6 @@ class RaggedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select_sequences(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select_sequences(torch.arange(self._batch)[indices.cpu()])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select_sequences(torch.arange(self._batch).repeat_interleave(repeats))
 
     # -- prefill and decode --------------------------------------------------------------------------------------------
 
@@ -311,6 +310,30 @@ class RaggedLayer(CacheLayerMixin):
         self._store(key, value, every, fewer.counts)
         return Selection(fewer.index, fewer.counts, ranking)
 
+    def attend(
+        self,
+        query: Tensor,
+        scaling: float,
+        step: Step,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of another layer's queries to the segments, the newest tokens included; see `extend`."""
+        return ragged_decode(
+            query,
+            self.keys,
+            self.values,
+            self.start,
+            self.length,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=sinks,
+            new_count=None if step.new_count is None else step.new_count.to(query.device),
+            max_length=self.longest,
+            plan=self.plan,
+            backend=self.method.config.kernel_backend,
+        )
+
     def take_back(self, tokens: int, counts: Tensor | None = None) -> None:
         """See `RaggedCache.take_back`."""
         into = tokens - self.appended  # tokens of the prompt
@@ -385,32 +408,85 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """A compressed KV cache for `generate`. Made by `CompressionSession.new_cache`; one cache serves one batch.
 
+    Only layers with full attention are compressed. The others (sliding windows, chunks, linear attention) keep the
+    cache that transformers gives them, and layers that read another layer's keys have none. `layers` has one entry a
+    layer of the model; methods, head scores, `full_layers`, `kept_positions` and `kept_per_head` number the compressed
+    layers alone, from 0, in the model's order.
+
     Args:
         method: what to keep (see `sparsemm_lmms.selection.build_method`).
         max_new_tokens: room for tokens after the prompt; more tokens than planned are fine, but cost one copy of the
             store each time the room doubles.
+        stock: the layers of `DynamicCache(config=...)` for the model; None: all are full attention.
+        shared: whether layers of the model read the keys of others.
 
     Attributes:
+        full_layers: the compressed layers.
+        mixed: whether the model has other layers that keep something.
         compress_next: set it before a later prompt to have the cache compressed again when that prompt is appended.
     """
 
-    layers: list[RaggedLayer]  # type: ignore[assignment]
+    layers: list[Any]
 
-    def __init__(self, method: Method, max_new_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        max_new_tokens: int | None = None,
+        stock: Sequence[Any] | None = None,
+        shared: bool = False,
+    ) -> None:
         room = DEFAULT_ROOM if max_new_tokens is None else max_new_tokens
         if room < 1:
             raise ValueError(f"max_new_tokens={room} must be at least 1.")
-        layers: list[Any] = [RaggedLayer(i, method, room) for i in range(method.model.num_layers)]
+        layers: list[Any] = [DynamicLayer() for _ in range(method.model.num_layers)] if stock is None else list(stock)
+        self.mixed = is_mixed(layers)
+        full = [i for i, layer in enumerate(layers) if is_full(layer)]
+        for number, i in enumerate(full):
+            layers[i] = RaggedLayer(number, method, room)
         super().__init__(layers=layers)
-        self.method = method
+        self.method, self.shared = method, shared
+        self.full_layers: list[RaggedLayer] = [layers[i] for i in full]
+        self.padded = False  # whether a pass brought padding
         self.step: Step | None = None
         self.compress_next = False
         self.rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # of the model, for scorers
 
     def close(self) -> None:
         """Take no more tokens: the session is over. What is kept can still be read."""
-        for layer in self.layers:
+        for layer in self.full_layers:
             layer.closed = True
+
+    # -- what transformers asks of a cache ---------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `RaggedLayer.update`; another layer's keys say that they are the stock attention's."""
+        layer = self.layers[layer_idx]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if isinstance(layer, RaggedLayer):
+            return keys, values
+        if torch.is_grad_enabled():
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        if keys.shape[-2] == layer.get_seq_length():  # the prompt: its tokens outside the window need not stay
+            layer.keys, layer.values = (
+                _without_the_oldest(x, layer.keys.shape[-2], self.method.config.window_size) for x in (keys, values)
+            )
+        return hand_on(keys, None), values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens SEEN, padding included; the same in every layer."""
+        return self.full_layers[0].seen
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select_sequences(torch.arange(self.full_layers[0]._batch)[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select_sequences(torch.arange(self.full_layers[0]._batch).repeat_interleave(repeats))
+
+    def _select_sequences(self, sequences: Tensor) -> None:
+        for layer in self.layers:
+            layer.reorder_cache(sequences)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         """A copy with tensors of its own, of the same session: one filled prefix can serve many questions."""
@@ -440,13 +516,16 @@ class RaggedCache(Cache):
             return  # one more token for every sequence, which is never padding: every layer knows
         self.step = _read_step(tokens, batch, attention_mask, seen, device)
         self.step.prompt = Prompt(vision=None if seen else vision, rotary=self.rotary)
+        self.padded = self.step.new_count is not None or (self.padded and seen > 0)
         if seen and tokens > 1 and attention_mask is not None:
             self._check_mask_of_the_past(attention_mask[:, :seen])
         if self.compress_next:
             if batch != 1 or self.step.new_count is not None:
                 raise ValueError("Only one conversation at a time, without padding, can be compressed again.")
+            if self.shared:
+                raise ValueError("A model with layers that read the keys of others cannot be compressed again.")
             self.step.compress, self.compress_next = True, False
-        for layer in self.layers:
+        for layer in self.full_layers:
             layer.step = self.step
 
     def _check_mask_of_the_past(self, mask: Tensor) -> None:
@@ -468,7 +547,11 @@ class RaggedCache(Cache):
         )
 
     def kept_positions(self, layer_idx: int) -> list[list[Tensor]]:
-        """Prompt positions that a layer kept: `[sequence][kv head]` -> ascending int64, counted without padding."""
+        """Prompt positions that a layer kept: `[sequence][kv head]` -> ascending int64, counted without padding.
+
+        Args:
+            layer_idx: index among the compressed layers.
+        """
         layer = self._filled(layer_idx)
         rows = []
         for b, length in enumerate(layer.prompt_lengths):
@@ -477,8 +560,13 @@ class RaggedCache(Cache):
         return rows
 
     def kept_per_head(self) -> Tensor:
-        """Tokens kept after prefill, int64 `[layers, batch, kv_heads]`, window included."""
-        return torch.from_numpy(np.stack([self._filled(i).kept for i in range(len(self.layers))]))
+        """Tokens that the compressed layers kept after prefill, int64 `[layers, batch, kv_heads]`, window included."""
+        return torch.from_numpy(np.stack([self._filled(i).kept for i in range(len(self.full_layers))]))
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence that the last compression saw, padding excluded."""
+        return self.full_layers[0].prompt_lengths
 
     def report(self) -> dict[str, Any]:
         """What the cache holds: real tokens and bytes beside the nominal budget.
@@ -486,9 +574,11 @@ class RaggedCache(Cache):
         Returns:
             `kept_tokens` (mean per kv head), `prompt_tokens` (mean), `nominal_budget` (None for fullkv),
             `kept_per_head`, `kv_bytes_allocated`, `kv_bytes_used` and `kv_bytes_full` (of an uncompressed cache now).
+            Tokens are those of the compressed layers, bytes those of all layers.
         """
         kept = self.kept_per_head()
-        layers = [self._filled(i) for i in range(len(self.layers))]
+        layers = self.full_layers
+        others = sum(x.nbytes for layer in self.layers if layer not in layers for x in _kept_tensors(layer))
         row = 2 * layers[0].keys.shape[1] * layers[0].keys.element_size()
         used = sum(int(layer.length.sum()) for layer in layers)
         config = self.method.config
@@ -498,9 +588,9 @@ class RaggedCache(Cache):
             "prompt_tokens": float(np.mean(layers[0].prompt_lengths)),
             "nominal_budget": config.budget if self.method.compresses else None,
             "kept_per_head": kept,
-            "kv_bytes_allocated": sum(layer.keys.shape[0] for layer in layers) * row,
-            "kv_bytes_used": used * row,
-            "kv_bytes_full": (used + evicted) * row,
+            "kv_bytes_allocated": sum(layer.keys.shape[0] for layer in layers) * row + others,
+            "kv_bytes_used": used * row + others,
+            "kv_bytes_full": (used + evicted) * row + others,
         }
 
     # -- for a captured decode step: its replays append on the device, Python counts here ------------------------------
@@ -508,16 +598,16 @@ class RaggedCache(Cache):
     @property
     def room_left(self) -> int:
         """Tokens that every layer can still take up without moving."""
-        return min(layer.room - layer.appended for layer in self.layers)
+        return min(layer.room - layer.appended for layer in self.full_layers)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens in every layer. It may move the store: captured graphs are void then."""
-        for layer in self.layers:
+        for layer in self.full_layers:
             layer.reserve(tokens)
 
     def count(self, tokens: int) -> None:
         """Count tokens that were appended without this Python code, or (negative) that did not happen."""
-        for layer in self.layers:
+        for layer in self.full_layers:
             layer.seen += tokens
             layer.appended += tokens
 
@@ -531,28 +621,86 @@ class RaggedCache(Cache):
             counts: int32 `[batch]`: how many of them were no padding, None for all.
 
         Raises:
-            ValueError: if that is more than the tokens since the last compression and its window.
+            ValueError: if that is more than the tokens since the last compression and its window, or more than another
+                layer can forget: a sliding window holds little more than the last pass, and a state nothing of before.
         """
-        for layer in self.layers:
+        before = [
+            (layer, _before(layer, tokens, i))
+            for i, layer in enumerate(self.layers)
+            if not isinstance(layer, RaggedLayer) and _kept_tensors(layer)
+        ]
+        for layer in self.full_layers:
             layer.take_back(tokens, counts)
+        for other, (keys, values) in before:
+            other.keys, other.values = keys, values
+            other.cumulative_length -= tokens
 
     def static_tensors(self) -> list[Tensor]:
         """Everything that a decode step reads and writes of the cache, and whose address a captured graph knows."""
         names = ("keys", "values", "start", "length", "capacity", "overflow")
-        return [getattr(layer, name) for layer in self.layers for name in names]
+        return [getattr(layer, name) for layer in self.full_layers for name in names]
 
     def check_overflow(self) -> None:
         """Raise if any append found its segment full (one host synchronisation; not for the decode loop)."""
-        flags = [layer.overflow for layer in self.layers if layer.is_initialized]
+        flags = [layer.overflow for layer in self.full_layers if layer.is_initialized]
         full = torch.cat([flag.to(flags[0].device) for flag in flags]).nonzero().flatten().tolist() if flags else []
         if full:
             raise RuntimeError(f"Layer {full[0]} of the KV cache ran out of room for new tokens.")
 
     def _filled(self, layer_idx: int) -> RaggedLayer:
-        layer = self.layers[layer_idx]
+        layer = self.full_layers[layer_idx]
         if not layer.is_initialized:
             raise ValueError("The cache is empty: run the prompt through the model first.")
         return layer
+
+
+def is_full(layer: Any) -> bool:
+    """Whether a layer of transformers' dynamic cache holds all keys and values, and these alone."""
+    return type(layer) is DynamicLayer
+
+
+def is_mixed(layers: Sequence[Any]) -> bool:
+    """Whether other layers of transformers' dynamic cache than those of full attention hold something."""
+    return any(not is_full(layer) and type(layer).__name__ != "DummyLayer" for layer in layers)
+
+
+def _kept_tensors(layer: Any) -> list[Tensor]:
+    """What a layer of transformers holds."""
+    states = [x for name in ("conv_states", "recurrent_states") for x in getattr(layer, name, {}).values()]
+    return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None), *states) if x is not None]
+
+
+def _without_the_oldest(x: Tensor, rows: int, more: int) -> Tensor:
+    """The last `rows` tokens of `[batch, heads, n, head_dim]` as a view of a tensor that holds `more` before them."""
+    return x[:, :, -(rows + more) :].clone(memory_format=torch.contiguous_format)[:, :, -rows:]
+
+
+def _before(layer: Any, tokens: int, index: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a sliding layer as they were `tokens` earlier.
+
+    The layer's tensors are views of those of its last pass, which begin with what has slid out of the window since.
+    """
+    if type(layer) is DynamicSlidingWindowLayer:
+        seen = layer.cumulative_length - tokens
+        rows = min(layer.sliding_window - 1, seen)
+        whole = [_of_the_last_pass(x) for x in _kept_tensors(layer)]
+        if rows > 0 and all(x.shape[2] >= rows + tokens for x in whole):
+            keys, values = (x[:, :, x.shape[2] - tokens - rows : x.shape[2] - tokens] for x in whole)
+            return keys, values
+    raise ValueError(
+        f"{tokens} tokens cannot be taken back: layer {index}, a {type(layer).__name__}, no longer holds what was "
+        "before them."
+    )
+
+
+def _of_the_last_pass(x: Tensor) -> Tensor:
+    """A layer's `[batch, heads, rows, head_dim]` with the rows that lie before them in memory."""
+    batch, heads, rows, dim = x.shape
+    more, rest = divmod(int(x.storage_offset()), dim)
+    strides = (heads * x.stride(1), x.stride(1), dim, 1)
+    if rest or x.stride() != strides or (more + rows) * dim > x.stride(1):
+        return x
+    return x.as_strided((batch, heads, more + rows, dim), strides, 0)
 
 
 def _read_step(tokens: int, batch: int, mask: Tensor | None, seen: int, device: torch.device) -> Step:

@@ -224,7 +224,9 @@ class DecodeLoop:
             names = sorted({type(x).__name__ for x in (*moving, *watching, decoder.streamer) if x is not None})
             say_once(f"The choice of the next token runs outside the CUDA graph, step by step, for {', '.join(names)}.")
         every = decoder.check_every or (CHECK_EVERY if device.type == "cuda" else 1)
-        self.check = EndCheck(self.finished, every if self.whole else 1)
+        # other layers than the compressed ones cannot take steps back
+        self.check = EndCheck(self.finished, every if self.whole and not self.cache.mixed else 1)
+        self.mask: Tensor | None = None  # bool `[batch, max_length]`, where it matters
         self.can_end = self.eos is not None or bool(watching)
 
     def prepare(self, outputs: ModelOutput, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +252,11 @@ class DecodeLoop:
                 "way that the static decode loop does not know; use cuda_graph=off."
             )
         self.position = position.clone() - 1  # choosing the first token moves it
-        # A segment holds exactly what may be attended to, so a decode step needs no mask.
+        # A segment holds exactly what may be attended to, so a decode step needs no mask but for other layers' sake.
+        mask = inputs.get("attention_mask")
+        if self.cache.mixed and mask is not None and not mask.all():
+            self.mask = mask.new_ones(self.batch, self.ids.shape[1])
+            self.mask[:, : mask.shape[1]] = mask
         # Every new token is of the kind of the last; some versions of transformers hand on the kinds of all tokens.
         inputs |= {key: inputs[key][..., -1:] for key in KINDS if inputs.get(key) is not None}
         return {**inputs, "input_ids": self.token, "position_ids": self.position, "attention_mask": None}
@@ -259,6 +265,8 @@ class DecodeLoop:
         """From the prefill's logits `[batch, vocabulary]` to all tokens `[batch, prompt + new]`."""
 
         def forward() -> Tensor:
+            if self.mask is not None:
+                inputs["attention_mask"] = self.mask[:, : self.cache.get_seq_length() + 1]
             return self.model(**inputs, return_dict=True).logits[:, -1].to(torch.float32, copy=True)
 
         static: dict[str, Tensor] = {}

@@ -42,8 +42,10 @@ def uncapturable(model: PreTrainedModel, cache: RaggedCache) -> str | None:
     """Why a decode step of this model cannot be captured, as far as it can be known beforehand; None: try it."""
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         return "the model is spread over several devices"
+    if cache.mixed:
+        return "the model has layers that are not compressed, whose caches move at every step"
     backend = cache.method.config.kernel_backend
-    if resolve_backend(backend, cache.layers[0].keys) != "triton":
+    if resolve_backend(backend, cache.full_layers[0].keys) != "triton":
         return f"kernel_backend={backend} runs the torch kernels here, which wait for the device"
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
@@ -115,7 +117,7 @@ class Replay:
         self.known = None
 
     def _capture(self, graph: Graph) -> None:
-        counts = [(layer.seen, layer.appended) for layer in self.cache.layers]
+        counts = [(layer.seen, layer.appended) for layer in self.cache.full_layers]
         try:
             graph.capture(self.step)
             self.known = self.cache.static_tensors()
@@ -125,5 +127,5 @@ class Replay:
             self.graph = None
             say_once(f"Decoding without a CUDA graph: the step cannot be captured ({str(error).splitlines()[0]}).")
         finally:  # Python ran through the step, the device did not
-            for layer, (seen, appended) in zip(self.cache.layers, counts, strict=True):
+            for layer, (seen, appended) in zip(self.cache.full_layers, counts, strict=True):
                 layer.seen, layer.appended = seen, appended

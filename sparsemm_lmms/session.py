@@ -16,11 +16,16 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from sparsemm_lmms import decode
 from sparsemm_lmms.attention import PREFIX, register
-from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache
+from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache, is_full, is_mixed
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import Model, find_method
 from sparsemm_lmms.selection import build_method
+
+# Caches of layers that are no full attention, and go on as in the stock model.
+STAY = frozenset(
+    {"DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer", "DummyLayer"}
+)
 
 
 class CompressionSession:
@@ -46,10 +51,13 @@ class CompressionSession:
         self._vision_ids = vision_ids(model)
         decoder = model.get_decoder()
         self._rotary_embedding: Any = getattr(decoder, "rotary_emb", None)
+        forward = inspect.signature(getattr(self._rotary_embedding, "forward", len))
+        self._rotary_by_layer_type = "layer_type" in forward.parameters
 
     def new_cache(self, max_new_tokens: int | None = None) -> RaggedCache:
         """An empty cache for one batch, with room for `max_new_tokens` more tokens (128 when None, then it grows)."""
-        self.cache = RaggedCache(self.method, max_new_tokens)
+        stock = DynamicCache(config=self.model.config).layers
+        self.cache = RaggedCache(self.method, max_new_tokens, stock, shares_keys(self.model))
         self.cache.rotary = self._rotary if self._rotary_embedding is not None else None
         return self.cache
 
@@ -93,7 +101,8 @@ class CompressionSession:
         """(cos, sin) of the decoder's rotary embedding at these positions `[..., batch, n]`, float32."""
         embedding = self._rotary_embedding
         assert embedding is not None
-        return embedding(torch.zeros(1, dtype=torch.float32, device=positions.device), positions)
+        kind = {"layer_type": "full_attention"} if self._rotary_by_layer_type else {}
+        return embedding(torch.zeros(1, dtype=torch.float32, device=positions.device), positions, **kind)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
@@ -101,7 +110,8 @@ class CompressionSession:
             kwargs = {CACHE_NAME if key == OLD_CACHE_NAME else key: value for key, value in kwargs.items()}
         cache, ids = kwargs.get(CACHE_NAME), kwargs.get("input_ids")
         if ids is not None and ids.shape[1] == 1 and isinstance(cache, RaggedCache) and cache is self.cache:
-            if cache.get_seq_length() and cache.method is self.method and kwargs.get("use_cache", True):
+            known = cache.get_seq_length() and cache.method is self.method and kwargs.get("use_cache", True)
+            if known and not (cache.mixed and cache.padded):
                 cache.begin(1, ids.shape[0], None, ids.device)  # a decode step: nothing to look up
                 return args, kwargs
         given = self._signature.bind_partial(*args, **kwargs).arguments
@@ -125,6 +135,11 @@ class CompressionSession:
         inputs = given["inputs_embeds"] if given.get("inputs_embeds") is not None else given.get("input_ids")
         if inputs is None:
             raise ValueError("The forward pass has neither input_ids nor inputs_embeds.")
+        if cache.mixed and cache.padded and given.get("attention_mask") is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has layers that are not compressed and need attention_mask in every pass "
+                "over a padded batch; pass that of the tokens so far."
+            )
         known = self._vision_ids and given.get("input_ids") is not None
         vision = self._vision(given["input_ids"]) if known else None
         cache.begin(inputs.shape[1], inputs.shape[0], given.get("attention_mask"), inputs.device, vision)
@@ -170,7 +185,7 @@ def compress(
     scores = HeadScores.load(head_scores) if isinstance(head_scores, str) else head_scores
     session = CompressionSession(model, config, scores)
     key = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)
-    name = register(before)
+    name = register(before, is_mixed(DynamicCache(config=model.config).layers))
     model.set_attn_implementation({key: name} if key else name)
     hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
     prepare: Any = model._prepare_cache_for_generation
@@ -206,10 +221,35 @@ def vision_ids(model: PreTrainedModel) -> list[int]:
     return sorted({value for value in found if isinstance(value, int)})
 
 
+def attention_shape(config: Any) -> Model:
+    """Layers of full attention, their query heads and their kv heads, in the text decoder of a model.
+
+    Args:
+        config: the model's configuration.
+
+    Raises:
+        ValueError: if there are none, or they differ in their heads.
+    """
+    text = config.get_text_config(decoder=True)
+    full = [i for i, layer in enumerate(DynamicCache(config=config).layers) if is_full(layer)]
+    layers = getattr(text, "per_layer_config", None) or [text] * (max(full, default=-1) + 1)
+    heads = {(layers[i].num_attention_heads, layers[i].num_key_value_heads) for i in full}
+    if len(heads) != 1:
+        raise ValueError(
+            f"{type(text).__name__} has {len(full)} layers of full attention, whose (query heads, kv heads) are "
+            f"{sorted(heads)}; there must be one such pair."
+        )
+    return Model(len(full), *heads.pop())
+
+
 def model_shape(model: PreTrainedModel) -> Model:
-    """Layers, query heads and kv heads of the model's text decoder."""
-    text = model.config.get_text_config(decoder=True)
-    return Model(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
+    """`attention_shape` of a model."""
+    return attention_shape(model.config)
+
+
+def shares_keys(model: PreTrainedModel) -> bool:
+    """Whether layers of the model's decoder read the keys and values of others."""
+    return "reuse" in (getattr(model.config.get_text_config(decoder=True), "kv_sharing_modes", None) or ())
 
 
 def _score_values(config: CompressionConfig, head_scores: HeadScores | None, model_type: str) -> np.ndarray | None:
@@ -239,10 +279,26 @@ def _check_architecture(model: PreTrainedModel) -> None:
         why = "its latent attention (kv_lora_rank) caches no keys and values per kv head"
     elif getattr(text, "cross_attention_layers", None):
         why = "it has cross-attention layers, whose keys are no part of the prompt"
-    elif not getattr(text, "num_key_value_heads", None):
-        why = f"its {type(text).__name__} names no num_key_value_heads"
+    else:
+        why = _why_not_layers(model.config)
     if why is not None:
         raise ValueError(f"{type(model).__name__} cannot be compressed: {why}.")
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"{type(model).__name__} has layers of type {sorted(kinds)}; only full attention works.")
+
+
+def _why_not_layers(config: Any) -> str | None:
+    """What of the layers' caches is neither full attention nor can stay as it is."""
+    text = config.get_text_config(decoder=True)
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError as error:
+        return f"transformers has no cache for its layers of type {error}"
+    strange = {type(layer).__name__ for layer in layers if not is_full(layer)} - STAY
+    if strange:
+        return f"it has layers whose cache is a {' or a '.join(sorted(strange))}, not one of plain keys and values"
+    full = [i for i, layer in enumerate(layers) if is_full(layer)]
+    if not full:
+        return "none of its layers has full attention, so there is nothing to compress"
+    per_layer = getattr(text, "per_layer_config", None)
+    if not getattr(per_layer[full[0]] if per_layer else text, "num_key_value_heads", None):
+        return f"its {type(text).__name__} names no num_key_value_heads"
+    return None

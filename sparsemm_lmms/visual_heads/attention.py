@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME
+from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, is_full
 from sparsemm_lmms.handoff import hand_on, handed
 
 NAME = "sparsemm_chase"
@@ -40,8 +40,9 @@ class Watcher:
     keys than ``prompt`` (decoding, teacher forcing) treats the others as outside every word.
     targets: int64 ``[batch, rows]``, the word that each row is about to write, -1 for none; None when not known yet,
     then the mass on every word is kept (free running: the token is known only after the pass).
-    argmax: per layer, int64 ``[batch, q_heads, rows]``, key position of the largest weight.
-    mass: per layer, float32 ``[batch, q_heads, rows]`` with targets, else ``[batch, q_heads, rows, words]``.
+    argmax: per layer with full attention, numbered among those, int64 ``[batch, q_heads, rows]``, key position of the
+    largest weight.
+    mass: per layer likewise, float32 ``[batch, q_heads, rows]`` with targets, else ``[batch, q_heads, rows, words]``.
     """
 
     words: torch.Tensor
@@ -99,10 +100,12 @@ class Watcher:
 class WatchedCache(DynamicCache):
     """The stock cache, whose keys say who watches them.
 
+    numbers: of each layer with full attention, by its index in the model: layers of other kinds are not watched.
     keeps: whether keys and values are kept for later passes.
     """
 
     watcher: Watcher
+    numbers: dict[int, int]
     keeps = True
 
     def update(
@@ -110,7 +113,7 @@ class WatchedCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.keeps:
             key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return hand_on(key_states, (self.watcher, layer_idx)), value_states
+        return hand_on(key_states, (self.watcher, self.numbers.get(layer_idx))), value_states
 
 
 def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
@@ -160,24 +163,32 @@ def _attention(
     if handoff is None:
         raise RuntimeError(f"{type(module).__name__} is being watched, but its keys come from no watched cache.")
     watcher, layer = handoff.source
-    if handoff.readers == 1:  # not a later layer that shares these keys
+    if layer is not None and handoff.readers == 1:  # not a later layer that shares these keys
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         watcher.look(layer, query, key, attention_mask, scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-def _before_forward(watcher: Watcher, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def full_numbers(config: Any) -> dict[int, int]:
+    """Of each layer with full attention: its index in the model -> its index among them, as head scores number it."""
+    full = [i for i, layer in enumerate(DynamicCache(config=config).layers) if is_full(layer)]
+    return {i: number for number, i in enumerate(full)}
+
+
+def _before_forward(
+    watcher: Watcher, numbers: dict[int, int], model: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook: every pass runs on a watched cache, which keeps nothing where the pass wants none."""
     name = OLD_CACHE_NAME if OLD_CACHE_NAME in kwargs else CACHE_NAME
     cache = kwargs.get(name)
     if cache is None:
         cache = WatchedCache(config=model.config)
         cache.keeps = kwargs.get("use_cache") is not False
-    elif isinstance(cache, DynamicCache):
-        cache.__class__ = WatchedCache
-    else:
+    elif type(cache) is DynamicCache:
+        cache.__class__ = WatchedCache  # type: ignore[assignment]  # it stays the caller's own
+    if not isinstance(cache, WatchedCache):
         raise ValueError(f"{name} is a {type(cache).__name__}, whose keys cannot be watched; pass a DynamicCache.")
-    cache.watcher = watcher
+    cache.watcher, cache.numbers = watcher, numbers
     return args, {**kwargs, name: cache}
 
 
@@ -191,7 +202,8 @@ def watch(model: Any, watcher: Watcher) -> Iterator[Watcher]:
     before = text._attn_implementation
     if before == NAME:
         raise RuntimeError("This model is already being watched; leave the other `watch` first.")
-    hook = model.register_forward_pre_hook(partial(_before_forward, watcher), with_kwargs=True)
+    numbers = full_numbers(model.config)
+    hook = model.register_forward_pre_hook(partial(_before_forward, watcher, numbers), with_kwargs=True)
     try:
         model.set_attn_implementation({key: NAME} if key else NAME)
         yield watcher
