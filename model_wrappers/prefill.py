@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsemm_lmms.cache import CACHE_NAME, RaggedCache
+from sparsemm_lmms.families import FAMILIES
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
 
@@ -107,7 +108,7 @@ def newest_vision(inputs: Mapping[str, Tensor], images: int, videos: int) -> dic
         ("pixel_values", "image_grid_thw", images),
         ("pixel_values_videos", "video_grid_thw", videos),
     ):
-        if grid in inputs and len(inputs[grid]) > before:  # Qwen2-VL: patches of all images in one list
+        if grid in inputs and len(inputs[grid]) > before:  # patches of all images in one list
             kept[pixels] = inputs[pixels][int(inputs[grid][:before].prod(-1).sum()) :]
             kept[grid] = inputs[grid][before:]
     if "image_sizes" in inputs and len(inputs["image_sizes"]) > images:
@@ -117,7 +118,8 @@ def newest_vision(inputs: Mapping[str, Tensor], images: int, videos: int) -> dic
 
 def placeholders(model: Any) -> set[int]:
     """Ids of the tokens that stand for a piece of an image or a video."""
-    names = ("image_token_id", "video_token_id")
+    family = FAMILIES.get(getattr(model.config, "model_type", None))
+    names = family.vision_tokens if family is not None else ("image_token_id", "video_token_id")
     return {token for name in names if (token := getattr(model.config, name, None)) is not None}
 
 

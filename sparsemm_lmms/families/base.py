@@ -101,8 +101,15 @@ class Family:
             raise ValueError("model_type is empty; give the model_type of the family's config.json.")
         if not self.class_word.isidentifier():
             raise ValueError(f"architecture={self.architecture!r} is no class of transformers; give its name.")
-        if not self.vision_tokens:
-            raise ValueError("vision_tokens names no field; give the config's field with the id of the image token.")
+        if isinstance(self.vision_tokens, str) or not self.vision_tokens:
+            raise ValueError(
+                f"vision_tokens={self.vision_tokens!r} is no tuple of fields; give the config's field with the id of "
+                "the image token, and that of the video token where there is one."
+            )
+        if not isinstance(self.lmms_eval, LmmsEvalDefaults):
+            raise ValueError(f"lmms_eval={self.lmms_eval!r} is no LmmsEvalDefaults.")
+        if not isinstance(self.vlmevalkit, VLMEvalKit | None):
+            raise ValueError(f"vlmevalkit={self.vlmevalkit!r} is neither a VLMEvalKit nor None.")
         for word in self.vlmevalkit.checkpoints if self.vlmevalkit else ():
             if not word or "_" in word:
                 raise ValueError(f"checkpoint {word!r} must be a word without underscore: the method stands behind it.")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -105,8 +106,8 @@ class AnyresGrid:
 
     def _image(self, width: int, height: int) -> _Item:
         from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
-        from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+        modeling = import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
         side = self.tile // self.patch
         base = _cells(side, side, width / side, height / side)
         target = select_best_resolution((height, width), self.pinpoints)
@@ -118,7 +119,7 @@ class AnyresGrid:
         high = _cells(rows, columns, self.patch * scale_x, self.patch * scale_y)
         high[:, [0, 2]] -= (target[1] - new_width) // 2 * scale_x
         high[:, [1, 3]] -= (target[0] - new_height) // 2 * scale_y
-        kept = unpad_image(torch.arange(rows * columns).view(1, rows, columns), (height, width))[0].numpy()
+        kept = modeling.unpad_image(torch.arange(rows * columns).view(1, rows, columns), (height, width))[0].numpy()
         newline = np.full((kept.shape[0], 1), rows * columns)
         order = np.concatenate([kept, newline], axis=1).reshape(-1)
         high = np.concatenate([high, np.zeros((1, 4))])[order]

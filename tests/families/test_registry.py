@@ -1,0 +1,121 @@
+"""The families that are here: what each states, and that nothing else names one."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import sparsemm_lmms
+from sparsemm_lmms import _source_tree
+from sparsemm_lmms.families import FAMILIES, Family, LmmsEvalDefaults, VLMEvalKit, family_of
+from sparsemm_lmms.visual_heads.token_grid import GRIDS
+
+ROOT = Path(sparsemm_lmms.__file__).resolve().parent
+OWN = ROOT / "families"
+EXEMPT = ROOT / "demo"
+"""The packaged models are of two families: how they are built, trained and rendered is about just those."""
+
+
+def sources() -> list[Path]:
+    files = {file for folder in (ROOT, *_source_tree.FOLDERS.values()) for file in folder.rglob("*.py")}
+    return sorted(file for file in files if EXEMPT not in file.parents)
+
+
+def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, text) of every name and string in code; docstrings may have examples."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None  # a docstring: nothing reads it
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+        elif isinstance(
+            node, (ast.Name, ast.Attribute, ast.alias, ast.FunctionDef, ast.ClassDef, ast.arg, ast.keyword)
+        ):
+            name = next(getattr(node, key) for key in ("id", "attr", "name", "arg") if hasattr(node, key))
+            yield node.lineno, name or ""
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.module or ""
+
+
+def naming(family: Family) -> re.Pattern[str]:
+    """`llava_next` in any spelling, or `LlavaNext` with whatever stands behind."""
+    model_type = "[_ -]?".join(re.escape(part) for part in re.split("[_-]", family.model_type))
+    spelled = rf"(?i:(?<![a-z0-9]){model_type}(?![a-z0-9]))"
+    return re.compile(rf"{spelled}|{re.escape(family.class_word)}(?![a-z])")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_no_family_is_named_outside_its_file(family: Family) -> None:
+    own, pattern = OWN / f"{family.model_type}.py", naming(family)
+    assert own in sources()
+    found = [
+        f"{file.relative_to(ROOT.parent)}:{line}: {text[:80]!r}"
+        for file in sources()
+        if file != own
+        for line, text in texts(ast.parse(file.read_text(encoding="utf-8")))
+        if pattern.search(text)
+    ]
+    assert found == []
+
+
+def test_the_search_finds_every_spelling() -> None:
+    pattern = naming(FAMILIES["llava_next"])
+    for text in (
+        "llava_next",
+        "llava-next-vicuna-7b",
+        "LLaVA-NeXT",
+        "LlavaNextConfig",
+        "the llava_next models",
+        "llavanext",
+    ):
+        assert pattern.search(text), text
+    for text in ("llava_nextgen", "llava", "next", "LlavaNextual", "my_llava"):
+        assert not pattern.search(text), text
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_is_what_transformers_has(family: Family) -> None:
+    architecture = getattr(transformers, family.architecture)
+    config = CONFIG_MAPPING[family.model_type]()
+    assert architecture.config_class is type(config)
+    assert len(set(family.vision_ids(config))) == len(family.vision_tokens)
+    assert family.grid in GRIDS
+    assert len(family.vision_tokens) == 1 + family.reads_video
+    assert "torch" not in (OWN / f"{family.model_type}.py").read_text(encoding="utf-8")
+
+
+def test_the_longest_family_is_that_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "llava", FAMILIES["llava_next"])
+    assert family_of("llava_next_snapkv") == "llava_next"
+    assert family_of("llava_snapkv") == "llava"
+    assert family_of("gpt_snapkv") is None
+
+
+def test_a_family_that_no_host_could_name_is_refused() -> None:
+    facts = {
+        "model_type": "mine",
+        "architecture": "MineForConditionalGeneration",
+        "pretrained": "me/mine",
+        "vision_tokens": ("image_token_id",),
+        "grid": None,
+        "lmms_eval": LmmsEvalDefaults("mine", 16),
+    }
+    assert Family(**facts).class_name("local_window") == "MineLocalWindow"
+    for wrong, sentence in (
+        ({"model_type": ""}, "model_type is empty"),
+        ({"architecture": "my-model"}, "architecture='my-model' is no class"),
+        ({"vision_tokens": ()}, "vision_tokens=.* is no tuple of fields"),
+        ({"vision_tokens": "image_token_id"}, "vision_tokens='image_token_id' is no tuple"),
+        ({"lmms_eval": "mine"}, "lmms_eval='mine' is no LmmsEvalDefaults"),
+        ({"vlmevalkit": "Stock"}, "vlmevalkit='Stock' is neither"),
+        ({"vlmevalkit": VLMEvalKit("Stock", "Ours", {"My_Model": "x"})}, "checkpoint 'My_Model' must be a word"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            Family(**facts | wrong)
