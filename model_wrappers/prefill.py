@@ -118,7 +118,7 @@ def newest_vision(inputs: Mapping[str, Tensor], images: int, videos: int) -> dic
 
 def placeholders(model: Any) -> set[int]:
     """Ids of the tokens that stand for a piece of an image or a video."""
-    family = FAMILIES.get(getattr(model.config, "model_type", None))
+    family = FAMILIES.get(getattr(model.config, "model_type", ""))
     names = family.vision_tokens if family is not None else ("image_token_id", "video_token_id")
     return {token for name in names if (token := getattr(model.config, name, None)) is not None}
 
