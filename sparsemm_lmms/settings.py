@@ -15,6 +15,7 @@ from typing import Any
 LARGEST = 2**63 - 1
 """The largest whole number that a setting may be: what random generators and tensors take."""
 
+_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -69,12 +70,19 @@ def setting(default: Any, *, help: str, **facts: Any) -> Any:
 
 
 def declared(owner: type) -> dict[str, Setting]:
-    """The settings that a dataclass declares, by name, in order."""
-    return {
-        known.name: Setting(known.name, str(known.type), known.default, **known.metadata["setting"])
-        for known in dataclasses.fields(owner)
-        if "setting" in known.metadata
-    }
+    """The settings that a dataclass declares, by name, in order.
+
+    Raises:
+        ValueError: for a type that no command line could give.
+    """
+    found = {}
+    for known in dataclasses.fields(owner):
+        if "setting" in known.metadata:
+            kind = known.type if isinstance(known.type, str) else known.type.__name__
+            if kind not in _WANTED:
+                raise ValueError(f"{owner.__name__}.{known.name} is a {kind}; settings are {', '.join(_WANTED)}.")
+            found[known.name] = Setting(known.name, kind, known.default, **known.metadata["setting"])
+    return found
 
 
 def parse_value(name: str, value: Any, kind: str) -> Any:
@@ -99,8 +107,7 @@ def parse_value(name: str, value: Any, kind: str) -> Any:
             return number
     elif kind == "str" and isinstance(value, str):
         return value
-    wanted = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word"}[kind]
-    raise ValueError(f"{name}={shown(value)} is not {wanted}.")
+    raise ValueError(f"{name}={shown(value)} is not {_WANTED[kind]}.")
 
 
 def _whole(value: Any) -> int | None:
