@@ -29,12 +29,12 @@ HARMLESS = frozenset(TransformersKwargs.__optional_keys__) | {
 }  # fmt: skip
 
 
-def register(prefill: str, mixed: bool = False) -> str:
+def register(prefill: str, windowed: bool = False) -> str:
     """Register our functions on top of the stock implementation `prefill` and return their name.
 
     Args:
-        mixed: whether the model has layers that are not compressed: then all masks are the stock ones, since a mask
-            function is not told whose mask it makes. Compressed layers pass over theirs once the prompt is read.
+        windowed: whether the model has layers with sliding windows or chunks: then all masks are the stock ones, since
+            a mask function is not told whose mask it makes. Compressed layers pass over theirs behind the prompt.
 
     Raises:
         ValueError: if transformers has no such implementation or it makes no masks.
@@ -43,10 +43,10 @@ def register(prefill: str, mixed: bool = False) -> str:
     known = [name for name in known if not name.startswith(PREFIX)]
     if prefill not in known:
         raise ValueError(f"attn_implementation={prefill!r} cannot run the prefill; known: {', '.join(known)}.")
-    name = PREFIX + ("mixed_" if mixed else "") + prefill.replace("flash_attention_", "fa")
+    name = PREFIX + ("windowed_" if windowed else "") + prefill.replace("flash_attention_", "fa")
     stock = ALL_MASK_ATTENTION_FUNCTIONS[prefill]
     AttentionInterface.register(name, partial(ragged_attention, prefill))
-    AttentionMaskInterface.register(name, stock if mixed else partial(ragged_mask, stock))
+    AttentionMaskInterface.register(name, stock if windowed else partial(ragged_mask, stock))
     return name
 
 

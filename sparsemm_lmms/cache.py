@@ -423,6 +423,7 @@ class RaggedCache(Cache):
     Attributes:
         full_layers: the compressed layers.
         mixed: whether the model has other layers that keep something.
+        windowed: whether some of those have sliding windows or chunks: they need masks, and move at every step.
         compress_next: set it before a later prompt to have the cache compressed again when that prompt is appended.
     """
 
@@ -439,7 +440,8 @@ class RaggedCache(Cache):
         if room < 1:
             raise ValueError(f"max_new_tokens={room} must be at least 1.")
         layers: list[Any] = [DynamicLayer() for _ in range(method.model.num_layers)] if stock is None else list(stock)
-        self.mixed = is_mixed(layers)
+        self.mixed = any(not is_full(layer) and type(layer).__name__ != "DummyLayer" for layer in layers)
+        self.windowed = has_windows(layers)
         full = [i for i, layer in enumerate(layers) if is_full(layer)]
         for number, i in enumerate(full):
             layers[i] = RaggedLayer(number, method, room)
@@ -638,7 +640,8 @@ class RaggedCache(Cache):
     def static_tensors(self) -> list[Tensor]:
         """Everything that a decode step reads and writes of the cache, and whose address a captured graph knows."""
         names = ("keys", "values", "start", "length", "capacity", "overflow")
-        return [getattr(layer, name) for layer in self.full_layers for name in names]
+        states = [x for layer in self.layers if not isinstance(layer, RaggedLayer) for x in _kept_tensors(layer)]
+        return [getattr(layer, name) for layer in self.full_layers for name in names] + states
 
     def check_overflow(self) -> None:
         """Raise if any append found its segment full (one host synchronisation; not for the decode loop)."""
@@ -659,9 +662,9 @@ def is_full(layer: Any) -> bool:
     return type(layer) is DynamicLayer
 
 
-def is_mixed(layers: Sequence[Any]) -> bool:
-    """Whether other layers of transformers' dynamic cache than those of full attention hold something."""
-    return any(not is_full(layer) and type(layer).__name__ != "DummyLayer" for layer in layers)
+def has_windows(layers: Sequence[Any]) -> bool:
+    """Whether some layers of transformers' dynamic cache have sliding windows or chunks."""
+    return any(getattr(layer, "is_sliding", False) for layer in layers)
 
 
 def _kept_tensors(layer: Any) -> list[Tensor]:

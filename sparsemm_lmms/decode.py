@@ -226,7 +226,7 @@ class DecodeLoop:
         every = decoder.check_every or (CHECK_EVERY if device.type == "cuda" else 1)
         # other layers than the compressed ones cannot take steps back
         self.check = EndCheck(self.finished, every if self.whole and not self.cache.mixed else 1)
-        self.mask: Tensor | None = None  # bool `[batch, max_length]`, where it matters
+        self.mask: Tensor | None = None  # `[batch, max_length]` of a padded batch, where layers have windows
         self.can_end = self.eos is not None or bool(watching)
 
     def prepare(self, outputs: ModelOutput, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -252,10 +252,10 @@ class DecodeLoop:
                 "way that the static decode loop does not know; use cuda_graph=off."
             )
         self.position = position.clone() - 1  # choosing the first token moves it
-        # A segment holds exactly what may be attended to, so a decode step needs no mask but for other layers' sake.
+        # A segment holds exactly what may be attended to, so a decode step needs no mask but for windows' sake.
         mask = inputs.get("attention_mask")
-        if self.cache.mixed and mask is not None and not mask.all():
-            self.mask = mask.new_ones(self.batch, self.ids.shape[1])
+        if self.cache.windowed and mask is not None and not mask.all():
+            self.mask = mask.new_ones(self.batch, mask.shape[1] + self.ids.shape[1] - self.columns)
             self.mask[:, : mask.shape[1]] = mask
         # Every new token is of the kind of the last; some versions of transformers hand on the kinds of all tokens.
         inputs |= {key: inputs[key][..., -1:] for key in KINDS if inputs.get(key) is not None}

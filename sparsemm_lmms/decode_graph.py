@@ -42,8 +42,8 @@ def uncapturable(model: PreTrainedModel, cache: RaggedCache) -> str | None:
     """Why a decode step of this model cannot be captured, as far as it can be known beforehand; None: try it."""
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         return "the model is spread over several devices"
-    if cache.mixed:
-        return "the model has layers that are not compressed, whose caches move at every step"
+    if cache.windowed:
+        return "the model has layers with sliding windows or chunks, whose caches move at every step"
     backend = cache.method.config.kernel_backend
     if resolve_backend(backend, cache.full_layers[0].keys) != "triton":
         return f"kernel_backend={backend} runs the torch kernels here, which wait for the device"

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from sparsemm_lmms import decode
 from sparsemm_lmms.attention import PREFIX, register
-from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache, is_full, is_mixed
+from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache, has_windows, is_full
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import Model, find_method
@@ -111,7 +111,7 @@ class CompressionSession:
         cache, ids = kwargs.get(CACHE_NAME), kwargs.get("input_ids")
         if ids is not None and ids.shape[1] == 1 and isinstance(cache, RaggedCache) and cache is self.cache:
             known = cache.get_seq_length() and cache.method is self.method and kwargs.get("use_cache", True)
-            if known and not (cache.mixed and cache.padded):
+            if known and not (cache.windowed and cache.padded):
                 cache.begin(1, ids.shape[0], None, ids.device)  # a decode step: nothing to look up
                 return args, kwargs
         given = self._signature.bind_partial(*args, **kwargs).arguments
@@ -135,10 +135,10 @@ class CompressionSession:
         inputs = given["inputs_embeds"] if given.get("inputs_embeds") is not None else given.get("input_ids")
         if inputs is None:
             raise ValueError("The forward pass has neither input_ids nor inputs_embeds.")
-        if cache.mixed and cache.padded and given.get("attention_mask") is None:
+        if cache.windowed and cache.padded and given.get("attention_mask") is None:
             raise ValueError(
-                f"{type(self.model).__name__} has layers that are not compressed and need attention_mask in every pass "
-                "over a padded batch; pass that of the tokens so far."
+                f"{type(self.model).__name__} has layers with windows, which need attention_mask in every pass over a "
+                "padded batch; pass that of the tokens so far."
             )
         known = self._vision_ids and given.get("input_ids") is not None
         vision = self._vision(given["input_ids"]) if known else None
@@ -185,7 +185,7 @@ def compress(
     scores = HeadScores.load(head_scores) if isinstance(head_scores, str) else head_scores
     session = CompressionSession(model, config, scores)
     key = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)
-    name = register(before, is_mixed(DynamicCache(config=model.config).layers))
+    name = register(before, has_windows(DynamicCache(config=model.config).layers))
     model.set_attn_implementation({key: name} if key else name)
     hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
     prepare: Any = model._prepare_cache_for_generation

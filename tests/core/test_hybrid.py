@@ -8,8 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Gemma3C
 
 from sparsemm_lmms import CompressionConfig, HeadScores, compress
 from sparsemm_lmms.cache import CACHE_NAME, RaggedLayer
+from sparsemm_lmms.decode import Decoder
+from sparsemm_lmms.decode_graph import uncapturable
+from sparsemm_lmms.kernels.backend import interpreted
 from sparsemm_lmms.session import attention_shape
 from sparsemm_lmms.visual_heads.attention import Watcher, watch
+
+from .tape import TapeGraph, fast_kernels
 
 WINDOW = 16
 IMAGE = 3
@@ -227,6 +232,28 @@ def _stock(model, session, inputs, cache):
         return forward(model, inputs, cache)
     finally:
         text._attn_implementation, model._forward_pre_hooks = under, hooks
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "gemma3"])
+def test_decode_steps_in_a_graph(kind, monkeypatch):
+    """States of linear attention stay where they are, so a captured step serves them; windows move and say so."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if not interpreted():
+        pytest.skip("triton was imported without TRITON_INTERPRET=1, so its kernels cannot run on the CPU")
+    fast_kernels(monkeypatch)
+    model = build(kind)
+    inputs, decoder = prompt(model, (45, 31)), Decoder(graph=TapeGraph())
+    config = CompressionConfig(method="snapkv", budget=10, window_size=4, kernel_backend="triton")
+    with compress(model, config) as session:
+        wanted = model.generate(**inputs, max_new_tokens=12, **{CACHE_NAME: session.new_cache(4)})
+        cache = session.new_cache(4)
+        if cache.windowed:
+            assert "sliding windows" in uncapturable(model, cache)
+            return
+        found = model.generate(**inputs, max_new_tokens=12, custom_generate=decoder, **{CACHE_NAME: cache})
+    assert torch.equal(found, wanted) and len(wanted[0, 45:].unique()) > 1
+    assert decoder.graph.captures == 3 and decoder.graph.replays >= 8  # rooms of 4, 8 and 16
+    assert cache.get_seq_length() == 45 + 11
 
 
 def test_taking_back_what_is_gone(gemma3):
