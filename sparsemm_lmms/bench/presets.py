@@ -26,7 +26,7 @@ def find(name: str) -> tuple[Family, BenchModel]:
     return PRESETS[name]
 
 
-def config(name: str) -> PreTrainedConfig:
+def config_of(name: str) -> PreTrainedConfig:
     """The config of a preset."""
     family, sizes = find(name)
     text = {**sizes.config["text_config"], **SHARED}
@@ -37,7 +37,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) ->
     """The model with random weights, made on `device` in `dtype`."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config(name), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForImageTextToText.from_config(config_of(name), dtype=dtype, attn_implementation="sdpa")
     model.generation_config.eos_token_id = None  # every answer takes the length that was asked for
     return model.eval()
 
@@ -48,7 +48,7 @@ def prompt(name: str, model: PreTrainedModel, context: int, batch: int, seed: in
     if family.grid is None or family.grid not in PROMPTS:
         raise ValueError(f"preset={name!r} has the grid {family.grid!r}; known are {', '.join(PROMPTS)}.")
     random = torch.Generator().manual_seed(seed)
-    inputs = PROMPTS[family.grid](model.config, sizes, context, batch, random)
+    inputs = PROMPTS[family.grid](config_of(name), sizes, context, batch, random)
     return {key: x.to(model.device, model.dtype if x.is_floating_point() else None) for key, x in inputs.items()}
 
 

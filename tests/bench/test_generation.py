@@ -13,7 +13,7 @@ import torch
 
 from sparsemm_lmms.bench import compression, generation, kernels, memory, speed
 from sparsemm_lmms.bench.measure import Spread, rotated, streamed_bytes, write_row
-from sparsemm_lmms.bench.presets import PRESETS, build, find, prompt
+from sparsemm_lmms.bench.presets import PRESETS, build, config_of, prompt
 from sparsemm_lmms.bench.runs import Variant, generate
 
 TINY = ["tiny-llava-next", "tiny-qwen2-vl"]
@@ -95,7 +95,7 @@ def test_out_of_memory_is_a_row_and_not_a_number(tiny, monkeypatch):
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_presets_have_the_real_shapes(name):
     with torch.device("meta"):
-        config = find(name).config()
+        config = config_of(name)
     text = config.get_text_config()
     expected = {
         "llava-next-vicuna-7b": (32, 32, 32, 128, 32064),

@@ -9,16 +9,16 @@ import pytest
 from lmms_eval.api.instance import Instance
 from PIL import Image, ImageFile
 
-from sparsemm_lmms.model_wrappers import llava_next, qwen2_vl
+from sparsemm_lmms.model_wrappers.lmms_eval.model import LlavaNextSnapkv, Qwen2VLSnapkv
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[tuple[str, int], Any]:
     made = {}
-    for cls in (llava_next.LlavaNextSnapkv, qwen2_vl.Qwen2VLSnapkv):
+    for cls in (LlavaNextSnapkv, Qwen2VLSnapkv):
         for size in (1, 2):
             args = f"pretrained=demo,budget=64,device=cpu,batch_size={size}"
-            made[cls.family.name, size] = cls.create_from_arg_string(args, {"batch_size": 1})
+            made[cls.family.model_type, size] = cls.create_from_arg_string(args, {"batch_size": 1})
     return made
 
 
