@@ -29,7 +29,7 @@ SHARED = dict(
     vocab_size_per_layer_input=64, layer_types=["sliding_attention", "full_attention"] * 3,
 )  # fmt: skip
 LINEAR = dict(
-    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
     layer_types=["linear_attention", "full_attention"] * 2,
 )  # fmt: skip
 KINDS = {
