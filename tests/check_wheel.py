@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 WANTED = (
     "sparsemm_lmms/py.typed",
+    "sparsemm_lmms/families/llava_next.py",
     "sparsemm_lmms/kernels/append.py",
     "sparsemm_lmms/cpu_kernels/decode.py",
     "sparsemm_lmms/model_wrappers/lmms_eval/manifest.py",

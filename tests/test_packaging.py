@@ -19,11 +19,9 @@ def run(code: str, **kwargs) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "module", ["sparsemm_lmms", "sparsemm_lmms.demo", "sparsemm_lmms.model_wrappers.lmms_eval.manifest"]
-)
+@pytest.mark.parametrize("module", ["", ".demo", ".presets", ".families", ".model_wrappers.lmms_eval.manifest"])
 def test_light_imports(module):
-    loaded = run(f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])")
+    loaded = run(f"import sys, sparsemm_lmms{module}; print([m for m in {HEAVY} if m in sys.modules])")
     assert loaded.strip() == "[]"
 
 
