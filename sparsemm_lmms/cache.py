@@ -23,7 +23,7 @@ from sparsemm_lmms.selection import Selection, select
 
 OLD_CACHE_NAME = "past_key_values"  # of a model's argument and output until transformers 5.23, an alias since
 CACHE_NAME = "cache" if "cache" in {known.name for known in fields(GenerateDecoderOnlyOutput)} else OLD_CACHE_NAME
-DEFAULT_ROOM = 128  # tokens that a segment can take up when the caller does not say how many are to come
+DEFAULT_HEADROOM = 128  # tokens that a segment can take up when the caller does not say how many are to come
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Step:
 class RaggedLayer(CacheLayerMixin):
     """One layer: `keys, values [slots, head_dim]` and, per (sequence, kv head), `start, length, capacity`.
 
-    Segments lie one after the other in (sequence, head) order. Addresses never move while the room lasts, so an append
+    Segments lie one after the other in (sequence, head) order. Addresses never move while the headroom lasts, so an append
     is O(1) and a CUDA graph can replay it.
 
     Attributes:
@@ -89,13 +89,13 @@ class RaggedLayer(CacheLayerMixin):
     keys: Tensor  # type: ignore[assignment]  # None in the base class until it is filled
     values: Tensor  # type: ignore[assignment]
 
-    def __init__(self, layer_idx: int, method: Method, room: int) -> None:
+    def __init__(self, layer_idx: int, method: Method, headroom: int) -> None:
         super().__init__()
-        self.layer_idx, self.method, self.room = layer_idx, method, room
+        self.layer_idx, self.method, self.headroom = layer_idx, method, headroom
         self.step: Step | None = None
         self.closed = self.at_prompt = False
         masked = method.masked_heads()
-        self.silent = None if masked is None else torch.from_numpy(masked[layer_idx])
+        self.masked = None if masked is None else torch.from_numpy(masked[layer_idx])
         self.reset()
 
     def reset(self) -> None:
@@ -107,7 +107,7 @@ class RaggedLayer(CacheLayerMixin):
         self.prompt_lengths: tuple[int, ...] = ()
         self.longest = 0  # rows of the largest segment: picks launches, and is the same at every step of a layout
         self.columns = self.seen = self.appended = 0
-        self.taken = 0  # tokens of the window that were taken back since the last compression
+        self.taken = 0  # tokens of the window that were rolled back since the last compression
         self.padded_until = 0  # `appended` after the last pass that brought padding: later columns are all real
         self.is_initialized = False
 
@@ -172,8 +172,8 @@ class RaggedLayer(CacheLayerMixin):
         self.overflow = torch.zeros(1, dtype=torch.int32, device=key.device)  # stays when the store moves
         self._store(key, value, chosen.index, chosen.counts)
         step.prompt.add(self, chosen)
-        if self.silent is not None:  # once: a copy from the host at every step could not be captured
-            self.silent = self.silent.to(key.device)
+        if self.masked is not None:  # once: a copy from the host at every step could not be captured
+            self.masked = self.masked.to(key.device)
         self.is_initialized = True
 
     def _view(
@@ -334,19 +334,19 @@ class RaggedLayer(CacheLayerMixin):
             backend=self.method.config.kernel_backend,
         )
 
-    def take_back(self, tokens: int, counts: Tensor | None = None) -> None:
-        """See `RaggedCache.take_back`."""
+    def rollback(self, tokens: int, counts: Tensor | None = None) -> None:
+        """See `RaggedCache.rollback`."""
         into = tokens - self.appended  # tokens of the prompt
         whole = (length + self.taken for length in self.prompt_lengths)
         window = min(self.method.config.window_size, *whole) - 1 - self.taken
         if into > window or (into > 0 and counts is not None):
             raise ValueError(
-                f"{tokens} tokens cannot be taken back: {self.appended} came after the last compression, and {window} "
+                f"{tokens} tokens cannot be rolled back: {self.appended} came after the last compression, and {window} "
                 "of its window are left."
             )
         if counts is None and self.padded_until and tokens > self.appended - self.padded_until:
             raise ValueError(
-                f"{tokens} tokens cannot be taken back without counts: only the newest "
+                f"{tokens} tokens cannot be rolled back without counts: only the newest "
                 f"{self.appended - self.padded_until} came without padding."
             )
         self.length -= tokens if counts is None else counts.to(self.length.device)[:, None]
@@ -359,9 +359,9 @@ class RaggedLayer(CacheLayerMixin):
             self.prompt_lengths = tuple(length - into for length in self.prompt_lengths)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more tokens; only this moves addresses, by doubling the room."""
-        if self.appended + tokens > self.room:
-            self._relayout(None, room=max(2 * self.room, self.appended + tokens))
+        """Make room for `tokens` more tokens; only this moves addresses, by doubling the headroom."""
+        if self.appended + tokens > self.headroom:
+            self._relayout(None, headroom=max(2 * self.headroom, self.appended + tokens))
 
     # -- layout --------------------------------------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ class RaggedLayer(CacheLayerMixin):
         return self.kept.shape[0]
 
     def _allocate(self, counts: np.ndarray, like: Tensor) -> None:
-        capacity = counts + self.room
+        capacity = counts + self.headroom
         ends = np.cumsum(capacity.ravel()).reshape(capacity.shape)
         slots, dim, device = int(ends[-1, -1]), like.shape[-1], like.device
         if slots >= 2**31:
@@ -381,15 +381,15 @@ class RaggedLayer(CacheLayerMixin):
         self.plan = decode_plan(self.start, self.capacity, slots, self.method.model.q_heads, dim)
         self.keys, self.values = self.plan.new_store(like.dtype)
 
-    def _relayout(self, sequences: Tensor | None, room: int | None = None) -> None:
-        """Copy the segments of `sequences` (all when None) into a fresh store, with `room` for new tokens."""
+    def _relayout(self, sequences: Tensor | None, headroom: int | None = None) -> None:
+        """Copy the segments of `sequences` (all when None) into a fresh store, with `headroom` slots for new tokens."""
         if not self.is_initialized:
             return
         device = self.keys.device
         rows = np.arange(self._batch) if sequences is None else sequences.cpu().numpy()
         picked = torch.as_tensor(rows, device=device)
         old_keys, old_values, old_start = self.keys, self.values, self.start
-        self.room = self.room if room is None else room
+        self.headroom = self.headroom if headroom is None else headroom
         self.kept = self.kept[rows]
         self.prompt_lengths = tuple(self.prompt_lengths[row] for row in rows)
         self.index, self.length = self.index[picked], self.length[picked]
@@ -416,7 +416,7 @@ class RaggedCache(Cache):
     Args:
         method: what to keep (see `sparsemm_lmms.selection.build_method`).
         max_new_tokens: room for tokens after the prompt; more tokens than planned are fine, but cost one copy of the
-            store each time the room doubles.
+            store each time the headroom doubles.
         stock: the layers of `DynamicCache(config=...)` for the model; None: all are full attention.
         shared: whether layers of the model read the keys of others.
 
@@ -436,15 +436,15 @@ class RaggedCache(Cache):
         stock: Sequence[Any] | None = None,
         shared: bool = False,
     ) -> None:
-        room = DEFAULT_ROOM if max_new_tokens is None else max_new_tokens
-        if room < 1:
-            raise ValueError(f"max_new_tokens={room} must be at least 1.")
+        headroom = DEFAULT_HEADROOM if max_new_tokens is None else max_new_tokens
+        if headroom < 1:
+            raise ValueError(f"max_new_tokens={headroom} must be at least 1.")
         layers: list[Any] = [DynamicLayer() for _ in range(method.model.num_layers)] if stock is None else list(stock)
         self.mixed = any(not is_full(layer) and type(layer).__name__ != "DummyLayer" for layer in layers)
         self.windowed = has_windows(layers)
         full = [i for i, layer in enumerate(layers) if is_full(layer)]
         for number, i in enumerate(full):
-            layers[i] = RaggedLayer(number, method, room)
+            layers[i] = RaggedLayer(number, method, headroom)
         super().__init__(layers=layers)
         self.method, self.shared = method, shared
         self.full_layers: list[RaggedLayer] = [layers[i] for i in full]
@@ -475,10 +475,6 @@ class RaggedCache(Cache):
                 _without_the_oldest(x, layer.keys.shape[-2], self.method.config.window_size) for x in (keys, values)
             )
         return hand_on(keys, None), values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens SEEN, padding included; the same in every layer."""
-        return self.full_layers[0].seen
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select_sequences(torch.arange(self.full_layers[0]._batch)[indices.cpu()])
@@ -598,9 +594,9 @@ class RaggedCache(Cache):
     # -- for a captured decode step: its replays append on the device, Python counts here ------------------------------
 
     @property
-    def room_left(self) -> int:
+    def headroom_left(self) -> int:
         """Tokens that every layer can still take up without moving."""
-        return min(layer.room - layer.appended for layer in self.full_layers)
+        return min(layer.headroom - layer.appended for layer in self.full_layers)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens in every layer. It may move the store: captured graphs are void then."""
@@ -613,7 +609,7 @@ class RaggedCache(Cache):
             layer.seen += tokens
             layer.appended += tokens
 
-    def take_back(self, tokens: int, counts: Tensor | None = None) -> None:
+    def rollback(self, tokens: int, counts: Tensor | None = None) -> None:
         """Forget the newest `tokens` columns of every sequence, exactly: segments end as they were before.
 
         It may reach into the prompt's last tokens, which every head keeps (its window), not further.
@@ -632,7 +628,7 @@ class RaggedCache(Cache):
             if not isinstance(layer, RaggedLayer) and _kept_tensors(layer)
         ]
         for layer in self.full_layers:
-            layer.take_back(tokens, counts)
+            layer.rollback(tokens, counts)
         for other, (keys, values) in before:
             other.keys, other.values = keys, values
             other.cumulative_length -= tokens
@@ -691,7 +687,7 @@ def _before(layer: Any, tokens: int, index: int) -> tuple[Tensor, Tensor]:
             keys, values = (x[:, :, x.shape[2] - tokens - rows : x.shape[2] - tokens] for x in whole)
             return keys, values
     raise ValueError(
-        f"{tokens} tokens cannot be taken back: layer {index}, a {type(layer).__name__}, no longer holds what was "
+        f"{tokens} tokens cannot be rolled back: layer {index}, a {type(layer).__name__}, no longer holds what was "
         "before them."
     )
 

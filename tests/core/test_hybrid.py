@@ -38,7 +38,7 @@ KINDS = {
     "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=1, **SLIDING),
     "llama4_text": dict(
         intermediate_size_mlp=32, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=WINDOW,
-        moe_layers=[1], no_rope_layers=[1, 0, 1, 0], layer_types=["chunked_attention", "full_attention"] * 2,
+        moe_layers=[1], no_rope_layers=[1, 0, 1, 0], floor_scale=8, layer_types=["chunked_attention", "full_attention"] * 2,
     ),
     "gemma3n_text": dict(
         intermediate_size=[32] * 6, laurel_rank=8, activation_sparsity_pattern=[0.0] * 6, altup_num_inputs=2, **SHARED
@@ -213,10 +213,10 @@ def test_appending_and_taking_back(model, tokens):
         )
         if any(kind in ("linear_attention", "conv") for kind in model.config.get_text_config().layer_types):
             with pytest.raises(ValueError, match="LinearAttentionLayer, no longer holds"):
-                cache.take_back(tokens)
+                cache.rollback(tokens)
             assert cache.get_seq_length() == 45 + tokens
             return
-        cache.take_back(tokens)
+        cache.rollback(tokens)
         assert cache.get_seq_length() == 45
         probe = later(45, 3, 2, mask, seed=6)
         close(forward(model, probe, cache), _stock(model, session, probe, twin))
@@ -261,12 +261,12 @@ def test_taking_back_what_is_gone(gemma3):
     with compress(gemma3, FULL) as session:
         cache = session.new_cache()
         forward(gemma3, inputs, cache)
-        cache.take_back(3)  # into the window that every head keeps
+        cache.rollback(3)  # into the window that every head keeps
         assert cache.get_seq_length() == 42
         forward(gemma3, later(42, 1), cache)
         forward(gemma3, later(43, 1), cache)
-        with pytest.raises(ValueError, match="2 tokens cannot be taken back: layer 0, a DynamicSlidingWindowLayer"):
-            cache.take_back(2)
+        with pytest.raises(ValueError, match="2 tokens cannot be rolled back: layer 0, a DynamicSlidingWindowLayer"):
+            cache.rollback(2)
         assert {layer.get_seq_length() for layer in cache.layers} == {44}
     short = prompt(gemma3, (9,))
     with compress(gemma3, FULL) as session:  # nothing has slid out yet
@@ -274,7 +274,7 @@ def test_taking_back_what_is_gone(gemma3):
         wanted = forward(gemma3, short, cache)[:, -1]
         for seen in range(9, 14):
             forward(gemma3, later(seen, 1), cache)
-        cache.take_back(6)
+        cache.rollback(6)
         assert {layer.get_seq_length() for layer in cache.layers} == {8}
         again = {**later(8, 1), "input_ids": short["input_ids"][:, -1:]}
         close(forward(gemma3, again, cache)[:, -1], wanted)
