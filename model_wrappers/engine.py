@@ -65,7 +65,7 @@ class Batch:
     nominal_budget: int | None
 
 
-ROOM = 128
+HEADROOM = 128
 """New tokens that a fresh cache has room for. Tasks often allow 1024 and get 10; a longer answer doubles the room."""
 
 
@@ -186,7 +186,7 @@ class Engine:
     ) -> Batch:
         """The same for prompts that are already text; `inputs` are theirs for the model where they are at hand."""
         inputs = self.batch_inputs(prompts) if inputs is None else inputs
-        room = min(settings.max_new_tokens, ROOM)
+        room = min(settings.max_new_tokens, HEADROOM)
         clock = StepClock(self.model.device)
         if self.splits(session):
             first = question_starts(self.model, inputs["input_ids"])

@@ -110,7 +110,7 @@ def score(
 def _score_rows(
     engine: Engine, session: CompressionSession, parts: Parts, logits: Tensor, rows: list[list[int]], dropped: Tensor
 ) -> list[Likelihood]:
-    """One answer of each document: appended in one pass, scored, and taken back from the cache.
+    """One answer of each document: appended in one pass, scored, and rolled back from the cache.
 
     Args:
         logits: `[batch, vocabulary]` behind the context.
@@ -131,7 +131,7 @@ def _score_rows(
         position_ids=positions,
         **{CACHE_NAME: cache},
     )
-    cache.take_back(width, counts)
+    cache.rollback(width, counts)
     before = out.logits.roll(1, dims=1)  # the logits that predict each column
     before[torch.arange(len(rows), device=device), padding] = logits
     before = before.float()

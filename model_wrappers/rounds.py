@@ -86,7 +86,7 @@ class Dialogue:
         """Forget all but the first `tokens` tokens: the last answer comes again as the template writes it."""
         changed = set(self.ids[tokens:]) & placeholders(self.engine.model)
         try:
-            cache.take_back(cache.get_seq_length() - tokens)
+            cache.rollback(cache.get_seq_length() - tokens)
         except ValueError:
             changed.add(-1)
         if changed:

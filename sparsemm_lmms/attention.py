@@ -123,8 +123,8 @@ def ragged_attention(
         output = stock(module, query, key, value, attention_mask, scaling=scale, **given, **kwargs)[0]
         if owner:
             layer.fill(*_as_data(query, key, value), scale, layer.step, softcap, sinks)
-    if owner and layer.silent is not None:
-        output = output.masked_fill(layer.silent[:, None], 0)
+    if owner and layer.masked is not None:
+        output = output.masked_fill(layer.masked[:, None], 0)
     return output, None
 
 

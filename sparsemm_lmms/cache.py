@@ -75,8 +75,8 @@ class Step:
 class RaggedLayer(CacheLayerMixin):
     """One layer: `keys, values [slots, head_dim]` and, per (sequence, kv head), `start, length, capacity`.
 
-    Segments lie one after the other in (sequence, head) order. Addresses never move while the headroom lasts, so an append
-    is O(1) and a CUDA graph can replay it.
+    Segments lie one after the other in (sequence, head) order. Addresses never move while the headroom lasts, so an
+    append is O(1) and a CUDA graph can replay it.
 
     Attributes:
         layer_idx: index among the compressed layers of the model (see `RaggedCache`).

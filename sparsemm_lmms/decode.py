@@ -23,7 +23,7 @@ from sparsemm_lmms.attention import PREFIX
 from sparsemm_lmms.cache import CACHE_NAME, RaggedCache
 from sparsemm_lmms.decode_graph import CudaGraph, Graph, Replay, check_mode, say_once, uncapturable
 
-CHECK_EVERY = 8  # steps between two looks at "all ended" on CUDA; up to 15 steps too many are taken back
+CHECK_EVERY = 8  # steps between two looks at "all ended" on CUDA; up to 15 steps too many are rolled back
 STATIC_PROCESSORS = (  # functions of the scores alone, in device code alone: they may be part of the graph
     processors.TemperatureLogitsWarper,
     processors.TopKLogitsWarper,
@@ -215,7 +215,7 @@ class DecodeLoop:
         self.watch = FiniteWatch()
         self.watch.broken = torch.zeros((), dtype=torch.bool, device=device)  # at a fixed address
         self.live = torch.zeros(1, dtype=torch.int64, device=device)
-        # A criterion that only looks on (a clock) does not care about steps that are taken back.
+        # A criterion that only looks on (a clock) does not care about steps that are rolled back.
         self.onlookers = [c for c in criteria if getattr(c, "only_looks_on", False)]
         watching = self.watching = [c for c in criteria if c not in self.onlookers]
         moving = [p for p in self.processors if type(p) not in STATIC_PROCESSORS]
@@ -281,7 +281,7 @@ class DecodeLoop:
         self.choose(logits)
         self._look()
         while self.length < self.max_length and not (self.can_end and self.check()):
-            if self.cache.room_left < 1:
+            if self.cache.headroom_left < 1:
                 self.cache.reserve(1)
                 replay.forget()
             replay()
@@ -348,7 +348,7 @@ class DecodeLoop:
         self.watch.check(self.model)
         length = self.columns + int(self.live) if self.can_end else self.length
         if length < self.length:
-            self.cache.take_back(self.length - length)
+            self.cache.rollback(self.length - length)
         return self.ids[:, :length].clone()
 
 

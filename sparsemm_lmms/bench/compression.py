@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemm_lmms.bench.measure import Spread, circumstances, in_turn, pick_device, write_row
-from sparsemm_lmms.cache import DEFAULT_ROOM, RaggedLayer, Step
+from sparsemm_lmms.cache import DEFAULT_HEADROOM, RaggedLayer, Step
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.methods import Model
 from sparsemm_lmms.selection import build_method
@@ -95,7 +95,7 @@ def measure(
     method = build_method(config, Model(LAYERS, heads, heads), uneven.reshape(LAYERS, heads))
 
     def ours() -> RaggedLayer:
-        layer = RaggedLayer(LAYER, method, DEFAULT_ROOM)
+        layer = RaggedLayer(LAYER, method, DEFAULT_HEADROOM)
         layer.fill(query, key, value, head_dim**-0.5, Step((context,), context))
         return layer
 

@@ -15,7 +15,7 @@ CODE = np.array(list(LETTERS + DIGITS))
 GRIDS = ((24, 24), (20, 24), (16, 24))  # rows, columns; constant columns: both position schemes learn them faster
 FORMS = ("page", "form", "table")
 # No two keys begin with the same letter, so that one match of a letter finds the line.
-KEYS = "AREA BOOK CODE DATE EXIT FLAT GATE HOUR ITEM KIND LINE MARK NAME PLAN ROOM SEAT TYPE UNIT WARD ZONE".split()
+KEYS = "AREA BOOK CODE DATE EXIT FLAT GATE HOUR ITEM KIND LINE MARK NAME PLAN HEADROOM SEAT TYPE UNIT WARD ZONE".split()
 PITCH, TOP, LEFT, WIDTH = 3, 1, 2, 13  # rows between lines, first row, first column, characters a line
 LINES = (3, 5)  # fewest and most lines
 

@@ -52,7 +52,7 @@ def test_a_full_segment(arguments: Callable[..., str], monkeypatch: pytest.Monke
     from sparsemm_lmms.cache import RaggedLayer
 
     model = load("llava_next_snapkv", arguments("llava_next_snapkv"))
-    monkeypatch.setattr("sparsemm_lmms.model_wrappers.engine.ROOM", 2)
+    monkeypatch.setattr("sparsemm_lmms.model_wrappers.engine.HEADROOM", 2)
     monkeypatch.setattr(RaggedLayer, "reserve", lambda self, tokens: None)
     with pytest.raises(RuntimeError, match="ran out of room"):
         model.generate_until([request(model, conversation(0), 0, {**GREEDY, "max_new_tokens": 40})])

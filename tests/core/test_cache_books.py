@@ -1,4 +1,4 @@
-"""What a cache counts after taking back and compressing again: the same in every layer, and of real tokens only."""
+"""What a cache counts after rolling back and compressing again: the same in every layer, and of real tokens only."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def test_a_window_is_taken_back_once() -> None:
     driver = Driver("snapkv", budget=11)
     driver.put(30)
     cache, layer = driver.cache, driver.cache.layers[0]
-    cache.take_back(4)
+    cache.rollback(4)
     assert (layer.length.tolist(), layer.kept.tolist(), layer.prompt_lengths) == ([[7]], [[7]], (26,))
-    with pytest.raises(ValueError, match="4 tokens cannot be taken back: 0 came .* 3 of its window are left"):
-        cache.take_back(4)
-    cache.take_back(3)
+    with pytest.raises(ValueError, match="4 tokens cannot be rolled back: 0 came .* 3 of its window are left"):
+        cache.rollback(4)
+    cache.rollback(3)
     assert (layer.length.tolist(), layer.prompt_lengths, layer.columns) == ([[4]], (23,), 23)
 
 
 def test_a_short_prompt_keeps_its_first_token() -> None:
     driver = Driver("snapkv", budget=11)
     driver.put(5)
-    driver.cache.take_back(3)
+    driver.cache.rollback(3)
     with pytest.raises(ValueError, match="1 of its window are left"):
-        driver.cache.take_back(2)
-    driver.cache.take_back(1)
+        driver.cache.rollback(2)
+    driver.cache.rollback(1)
     assert driver.cache.layers[0].length.tolist() == [[1]]
 
 
@@ -58,9 +58,9 @@ def test_padding_is_not_taken_back_blindly() -> None:
     driver.put(5, 2, mask)
     driver.put(1, 2)
     with pytest.raises(ValueError, match="without counts: only the newest 1"):
-        driver.cache.take_back(2)
-    driver.cache.take_back(1)
-    driver.cache.take_back(5, torch.tensor([5, 1], dtype=torch.int32))
+        driver.cache.rollback(2)
+    driver.cache.rollback(1)
+    driver.cache.rollback(5, torch.tensor([5, 1], dtype=torch.int32))
     assert driver.cache.layers[0].length.tolist() == [[9], [9]] and driver.cache.layers[0].appended == 0
 
 
@@ -90,7 +90,7 @@ def test_every_layer_tells_the_same_prompt() -> None:
     for tokens in (20, 1):
         driver.cache.compress_next = True
         driver.put(tokens)
-        driver.cache.take_back(1)
+        driver.cache.rollback(1)
     books = {(layer.prompt_lengths, layer.appended, layer.columns) for layer in driver.cache.layers}
     assert books == {((49,), 0, 49)}
     assert driver.cache.report()["kv_bytes_full"] == 49 * 2 * 2 * DIM * 4

@@ -1,4 +1,4 @@
-"""A cache through prompts, later turns, taking back and compressing again, against plain lists of rows."""
+"""A cache through prompts, later turns, rolling back and compressing again, against plain lists of rows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Plain:
             self.allocate()
         return out
 
-    def may_take_back(self, columns: int, counted: bool) -> bool:
+    def may_rollback(self, columns: int, counted: bool) -> bool:
         since = len(self.passes[0])
         padded = any(self.mixed[max(since - columns, 0) :])
         left = min(self.config.window_size, *(n + self.taken for n in self.prompts)) - 1 - self.taken
@@ -109,7 +109,7 @@ class Plain:
     def real(self, columns: int) -> list[int]:
         return [sum(row[len(row) - columns :]) for row in self.passes]
 
-    def take_back(self, columns: int) -> None:
+    def rollback(self, columns: int) -> None:
         since = len(self.passes[0])
         into = max(columns - since, 0)
         for b, row in enumerate(self.passes):
@@ -171,7 +171,7 @@ def check(cache: RaggedCache, plain: Plain) -> None:
     assert report["kv_bytes_used"] == held * ROW
     assert report["kv_bytes_full"] == sum(plain.tokens) * heads * ROW
     assert report["kv_bytes_allocated"] == plain.allocated * ROW
-    assert cache.room_left == plain.room - len(plain.passes[0])
+    assert cache.headroom_left == plain.room - len(plain.passes[0])
     assert cache.get_seq_length() == plain.seen
     cache.check_overflow()
     for i, layer in enumerate(cache.layers):
@@ -224,12 +224,12 @@ def test_any_conversation(data: st.DataObject) -> None:
             counts = (
                 torch.tensor(plain.real(min(columns, len(plain.passes[0]))), dtype=torch.int32) if counted else None
             )
-            if plain.may_take_back(columns, counted):
-                cache.take_back(columns, counts)
-                plain.take_back(columns)
+            if plain.may_rollback(columns, counted):
+                cache.rollback(columns, counts)
+                plain.rollback(columns)
             else:
-                with pytest.raises(ValueError, match="cannot be taken back"):
-                    cache.take_back(columns, counts)
+                with pytest.raises(ValueError, match="cannot be rolled back"):
+                    cache.rollback(columns, counts)
         elif what == "repeat":
             cache.batch_repeat_interleave(2)
             plain.pick([b for b in range(batch) for _ in range(2)])
@@ -269,13 +269,13 @@ def test_what_may_be_taken_back(steps: list[tuple[str, int]]) -> None:
         if what in ("turn", "padded", "again"):
             run(cache, plain, [columns], columns + (what == "padded"), dice, compress=what == "again")
         elif what == "refused":
-            with pytest.raises(ValueError, match="cannot be taken back"):
-                cache.take_back(columns)
-            assert not plain.may_take_back(columns, False)
+            with pytest.raises(ValueError, match="cannot be rolled back"):
+                cache.rollback(columns)
+            assert not plain.may_rollback(columns, False)
         else:
             counted = what == "count"
-            cache.take_back(columns, torch.tensor(plain.real(columns), dtype=torch.int32) if counted else None)
-            plain.take_back(columns)
+            cache.rollback(columns, torch.tensor(plain.real(columns), dtype=torch.int32) if counted else None)
+            plain.rollback(columns)
         check(cache, plain)
 
 
@@ -289,6 +289,6 @@ def test_the_room_doubles() -> None:
     rooms = []
     for tokens in (1, 1, 1, 1, 1, 1, 20, 1):
         run(cache, plain, [tokens], tokens, dice)
-        rooms.append(cache.layers[0].room)
+        rooms.append(cache.layers[0].headroom)
     assert rooms == [2, 2, 4, 4, 8, 8, 26, 52]
     assert cache.report()["kv_bytes_allocated"] == (6 + 52) * ROW

@@ -224,7 +224,7 @@ def test_streamer_stop_strings_and_dictionaries(loaded):
 
 
 def test_a_later_turn_on_the_same_cache(loaded):
-    """What ran after the end is taken back, so the next question finds the cache that the stock loop leaves."""
+    """What ran after the end is rolled back, so the next question finds the cache that the stock loop leaves."""
     model, processor = loaded
     inputs = encode(processor, PROMPTS[:1])
     later = processor.tokenizer("And the third?", return_tensors="pt")["input_ids"]

@@ -229,24 +229,24 @@ def test_tokens_taken_back_leave_no_trace(loaded, method):
 
         def step():
             logits = run(token, torch.ones_like(token))
-            cache.take_back(1)
+            cache.rollback(1)
             return logits
 
         before, seen = step(), cache.get_seq_length()
         new = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1, 1, 1]])
         ids = torch.randint(8, 40, new.shape, generator=torch.Generator().manual_seed(0))
         run(ids, new)
-        cache.take_back(5, new.sum(1).int())
+        cache.rollback(5, new.sum(1).int())
         assert cache.get_seq_length() == seen and torch.equal(step(), before)
 
         model(**inputs, **{CACHE_NAME: (cache := session.new_cache())})
         model(input_ids=token[:, :1], **{CACHE_NAME: cache})
-        cache.take_back(1 + SMALL["window_size"] - 1)
+        cache.rollback(1 + SMALL["window_size"] - 1)
         assert cache.get_seq_length() == seen - 3
         if method != "fullkv":
-            with pytest.raises(ValueError, match="1 tokens cannot be taken back: 0 came after"):
+            with pytest.raises(ValueError, match="1 tokens cannot be rolled back: 0 came after"):
                 for _ in range(99):
-                    cache.take_back(1)
+                    cache.rollback(1)
 
 
 def test_only_one_conversation_is_compressed_again(loaded):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsemm_lmms import CompressionConfig, compress, step_clock
 from sparsemm_lmms.model_wrappers.arguments import RunOptions
-from sparsemm_lmms.model_wrappers.engine import ROOM, Engine
+from sparsemm_lmms.model_wrappers.engine import HEADROOM, Engine
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings, StepClock
 from sparsemm_lmms.model_wrappers.loading import load_checkpoint
 
@@ -76,7 +76,7 @@ def test_answers_end_with_their_first_end_token(data: st.DataObject) -> None:
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "question unseen"])
 @pytest.mark.parametrize("most", [5, 500])
 def test_bytes_of_a_short_answer(engine: Engine, most: int, split: bool) -> None:
-    """The room is what may be written, up to `ROOM`; the last token of an answer is never fed back."""
+    """The room is what may be written, up to `HEADROOM`; the last token of an answer is never fed back."""
     told = Engine.__new__(Engine)
     told.__dict__ |= {**vars(engine), "compress_before_question": split}
     talks = [TALKS[0], TALKS[3]]
@@ -92,7 +92,7 @@ def test_bytes_of_a_short_answer(engine: Engine, most: int, split: bool) -> None
     row = 2 * 8 * 4 * heads * tiny.LAYERS
     lengths = [engine.batch_inputs([engine.prompt(talk)])["input_ids"].shape[1] for talk in talks]
     questions = [len(f"{q}assistant: ") if split else 0 for q in ("What is it?", "And here, please?")]
-    room = min(most, ROOM) + max(questions)
+    room = min(most, HEADROOM) + max(questions)
     assert appended == written - 1 + max(questions)
     kept = [min(n - q, BUDGET) for n, q in zip(lengths, questions, strict=True)]
     assert made.kv_bytes == row * (sum(kept) + 2 * room)
