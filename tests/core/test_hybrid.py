@@ -38,7 +38,8 @@ KINDS = {
     "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=1, **SLIDING),
     "llama4_text": dict(
         intermediate_size_mlp=32, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=WINDOW,
-        moe_layers=[1], no_rope_layers=[1, 0, 1, 0], floor_scale=8, layer_types=["chunked_attention", "full_attention"] * 2,
+        moe_layers=[1], no_rope_layers=[1, 0, 1, 0], floor_scale=8,
+        layer_types=["chunked_attention", "full_attention"] * 2,
     ),
     "gemma3n_text": dict(
         intermediate_size=[32] * 6, laurel_rank=8, activation_sparsity_pattern=[0.0] * 6, altup_num_inputs=2, **SHARED
