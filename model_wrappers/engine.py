@@ -247,7 +247,7 @@ class Engine:
 def kept_tokens(cache: RaggedCache, prompt_tokens: Sequence[int], num_beams: int = 1) -> list[float]:
     """Mean over layers and kv heads of what each sequence kept of its prompt, its uncompressed end included."""
     kept = cache.kept_per_head().double().mean(dim=(0, 2)).tolist()[::num_beams]
-    compressed = cache.layers[0].prompt_lengths[::num_beams]
+    compressed = cache.prompt_lengths[::num_beams]
     return [k + n - seen for k, n, seen in zip(kept, prompt_tokens, compressed, strict=True)]
 
 

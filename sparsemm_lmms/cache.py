@@ -228,26 +228,17 @@ class RaggedLayer(CacheLayerMixin):
         Returns:
             `[batch, q_heads, t, head_dim]` in the dtype of `query`.
         """
-        tokens, backend = key.shape[2], self.method.config.kernel_backend
+        tokens = key.shape[2]
         self.reserve(tokens)
         new = key.to(self.keys.dtype), value.to(self.values.dtype)
         new_count = None if step.new_count is None else step.new_count.to(key.device)
         store = self.keys, self.values, self.start, self.length
+        backend = self.method.config.kernel_backend
         append(*store, self.capacity, *new, self.overflow, new_count, plan=self.plan, backend=backend)
         self.appended += tokens
         if new_count is not None:
             self.padded_until = self.appended
-        output = ragged_decode(
-            query,
-            *store,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
-            new_count=new_count,
-            max_length=self.longest,
-            plan=self.plan,
-            backend=backend,
-        )
+        output = self.attend(query, scaling, step, softcap, sinks)
         if step.compress:
             self._compress_again(query, scaling, softcap, sinks, step.prompt)
         return output

@@ -123,7 +123,7 @@ def generate(
 def kv_bytes(cache: Any, prompt: int, new_tokens: int) -> tuple[int, int, int]:
     """Bytes allocated, used, and needed for what was kept with all new tokens; the last one is never fed back."""
     if isinstance(cache, RaggedCache):
-        report, layers = cache.report(), cache.layers
+        report, layers = cache.report(), cache.full_layers
         row = 2 * layers[0].keys.shape[1] * layers[0].keys.element_size()
         kept = sum(int(layer.kept.sum()) + new_tokens * layer.kept.size for layer in layers)
         return report["kv_bytes_allocated"], report["kv_bytes_used"], kept * row

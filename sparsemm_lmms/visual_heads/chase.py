@@ -24,8 +24,10 @@ from typing import Any, Literal
 import numpy as np
 from loguru import logger
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from sparsemm_lmms._version import __version__
+from sparsemm_lmms.cache import is_full
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.head_statistics import per_image_facts
 from sparsemm_lmms.visual_heads.checkpoints import checkpoint_version
@@ -69,10 +71,11 @@ class ChaseSettings:
 
 
 def text_shape(config: Any) -> tuple[int, int, int]:
-    """(layers, query heads, kv heads) of a model's text part."""
+    """(layers of full attention, query heads, kv heads) of a model's text part."""
     text = config.get_text_config()
     heads = text.num_attention_heads
-    return text.num_hidden_layers, heads, getattr(text, "num_key_value_heads", None) or heads
+    layers = sum(is_full(layer) for layer in DynamicCache(config=config).layers)
+    return layers, heads, getattr(text, "num_key_value_heads", None) or heads
 
 
 def score_heads(

@@ -18,6 +18,7 @@ from PIL import Image
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.visual_heads.attention import Watcher, step_weights, watch
+from sparsemm_lmms.visual_heads.chase import text_shape
 from sparsemm_lmms.visual_heads.inputs import make_batch
 from sparsemm_lmms.visual_heads.passes import GREEDY, end_tokens, pad_token
 from sparsemm_lmms.visual_heads.samples import Box, CalibrationSample
@@ -86,8 +87,8 @@ def view_heads(
     seed: int = 0,
 ) -> HeadView:
     """Ask ``question`` about ``image``; watch ``count`` visual heads and as many others for ``max_tokens`` tokens."""
-    text = model.config.get_text_config()
-    scores.check_shape(text.num_hidden_layers, text.num_attention_heads, model.config.model_type)
+    layers, q_heads, _ = text_shape(model.config)
+    scores.check_shape(layers, q_heads, model.config.model_type)
     heads = choose_heads(scores, count, seed)
     image = image.convert("RGB")
     whole = Box("", (0.0, 0.0, float(image.width), float(image.height)))
