@@ -168,7 +168,9 @@ class Engine:
 
     def batch_inputs(self, prompts: Sequence[Prompt]) -> BatchFeature:
         """`inputs` of whole prompts."""
-        images = [image for prompt in prompts for image in prompt.images]
+        images: list[Any] = [prompt.images for prompt in prompts]
+        if not all(images):  # processors that count images prompt by prompt (Gemma 3, Idefics) know no empty list
+            images = [image for own in images for image in own]
         return self.inputs([p.text for p in prompts], images, [video for p in prompts for video in p.videos])
 
     def generate(

@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    cache_utils,
+)
 
 from sparsemm_lmms import CompressionConfig, HeadScores, compress
 from sparsemm_lmms.cache import CACHE_NAME, RaggedLayer
@@ -327,6 +334,8 @@ def test_a_padded_batch_needs_its_mask(gemma3):
     ],
 )
 def test_refused(kind, settings, why):
+    if why.startswith("a Dynamic") and not hasattr(cache_utils, why.removeprefix("a ")):
+        pytest.skip("this version of transformers has no such layer")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TEXT, **settings}))
     with pytest.raises(ValueError, match=f"ForCausalLM cannot be compressed: .*{why}"), compress(model, FULL):
         pass
