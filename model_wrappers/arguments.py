@@ -109,9 +109,11 @@ def parse_arguments(text: str) -> dict[str, str]:
             raise ValueError(f"--model_args {shown(text)} is not of the form name=value,name=value.")
         name, value = match[1], piece[match.end() :].strip().rstrip(",").rstrip()
         if name in RESERVED:
-            raise ValueError(f"--model_args cannot set {name!r} ({name}={value}); leave it out.")
+            raise ValueError(f"--model_args cannot set {name!r} ({name}={_cut(value)}); leave it out.")
         if name in found:
-            raise ValueError(f"--model_args gives {name} twice ({name}={found[name]} and {name}={value}); give one.")
+            raise ValueError(
+                f"--model_args gives {name} twice ({name}={_cut(found[name])} and {name}={_cut(value)}); give one."
+            )
         if not value:
             raise ValueError(_empty(name))
         found[name] = value
@@ -119,7 +121,7 @@ def parse_arguments(text: str) -> dict[str, str]:
 
 
 def split_arguments(
-    family: Family, method: str, given: dict[str, Any], lmms_eval: bool = True
+    family: Family, method: str, given: dict[str, Any], lmms_eval: bool = True, name_of_model: str | None = None
 ) -> tuple[RunOptions, CompressionConfig]:
     """Check `given` and split it into the options of the run and the settings of the compression.
 
@@ -127,11 +129,12 @@ def split_arguments(
 
     Args:
         lmms_eval: whether what is not given is as in that host's stock model of the family.
+        name_of_model: the registered name, for sentences; None for `<family>_<method>`.
 
     Raises:
         ValueError: one sentence with the known arguments and the nearest, before anything is loaded.
     """
-    name_of_model = f"{family.model_type}_{method}"
+    name_of_model = name_of_model or f"{family.model_type}_{method}"
     if method == FREE:
         parts = {name: str(given.get(name) or default) for name, default in FREE_PARTS.items()}
         given = {name: value for name, value in given.items() if name not in parts}
@@ -199,6 +202,10 @@ def _run_options(family: Family, run: dict[str, Any], lmms_eval: bool) -> RunOpt
         if value is not None:
             run[name] = parse_value(name, str(value) if kinds[name] == "str" else value, kinds[name])
     return RunOptions(**run)
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= 80 else f"{value[:60]}...{value[-10:]}"
 
 
 def _empty(name: str) -> str:

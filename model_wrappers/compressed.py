@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoProcessor, PreTrainedModel
 
 from sparsemm_lmms.config import CompressionConfig
-from sparsemm_lmms.families import Family
+from sparsemm_lmms.families import ANY, FAMILIES, Family
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import find_method
 from sparsemm_lmms.model_wrappers.arguments import (
@@ -22,19 +23,26 @@ from sparsemm_lmms.model_wrappers.loading import (
     Checkpoint,
     check_possible,
     checkpoint_path,
+    find_family,
     load_checkpoint,
     read_config,
 )
 from sparsemm_lmms.presets import FREE, FREE_PARTS
 from sparsemm_lmms.visual_heads import resolve_head_scores
+from sparsemm_lmms.visual_heads.checkpoints import PACKAGED
 
 FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
 
 
 class CompressedModel:
-    """What the wrappers of all hosts share. `configure` checks all arguments before `load` reads any weight."""
+    """What the wrappers of all hosts share. `configure` checks all arguments before `load` reads any weight.
+
+    Attributes:
+        family: of the checkpoint; where `any_checkpoint`, `configure` finds it.
+    """
 
     family: Family
+    any_checkpoint: bool = False
     method: str
     options: RunOptions
     compression: CompressionConfig
@@ -44,7 +52,11 @@ class CompressedModel:
 
     def configure(self, given: dict[str, Any]) -> None:
         """Split and check the arguments; see `RunOptions` and `CompressionConfig` for what they mean."""
-        self.options, self.compression = split_arguments(self.family, self.method, given)
+        if self.any_checkpoint:
+            self.family = find_family(self.registered_name, given)
+        self.options, self.compression = split_arguments(
+            self.family, self.method, given, name_of_model=self.registered_name
+        )
 
     def load(self, device: torch.device, progress: bool = True, checkpoint: Checkpoint | None = None) -> Checkpoint:
         """Read config, weights and head scores; `progress` shows a bar where scores must be found first.
@@ -56,10 +68,16 @@ class CompressedModel:
         check_possible(self.options, self.compression, device)
         config = read_config(self.family, self.options)
         needs_model = self.options.head_scores.partition(":")[0] in FROM_THE_MODEL
+        self._check_head_scores_possible()
         scores = None if needs_model else self._read_head_scores(config, progress)
         self.checkpoint = checkpoint or load_checkpoint(self.family, self.options, device)
         self.head_scores = self._read_head_scores(config, progress) if needs_model else scores
         return self.checkpoint
+
+    @property
+    def registered_name(self) -> str:
+        """`<family>_<method>`, or `vlm_<method>`."""
+        return f"{ANY if self.any_checkpoint else self.family.model_type}_{self.method}"
 
     @property
     def model(self) -> PreTrainedModel:
@@ -86,7 +104,24 @@ class CompressedModel:
             scores = {"source": self.options.head_scores, "sha256": self.head_scores.content_hash}
         used = known_settings(method) - unused
         compression = {name: value for name, value in self.compression.to_dict().items() if name in used}
-        return {"model": f"{self.family.model_type}_{self.method}", **run, **compression, "head_scores": scores, **free}
+        found = {}
+        if self.any_checkpoint:
+            kind = self.family.model_type
+            found = {"family": kind if kind in FAMILIES else "generic", "model_type": kind}
+        return {"model": self.registered_name, **found, **run, **compression, "head_scores": scores, **free}
+
+    def _check_head_scores_possible(self) -> None:
+        """Refuse to find head scores in images whose tokens cannot be placed; those of a file can be used."""
+        word, _, file = self.options.head_scores.partition(":")
+        if not find_method(self.compression.method).needs_head_scores or word not in FROM_THE_MODEL or file:
+            return
+        folder = checkpoint_path(self.family, self.options)
+        if self.family.grid is None and not Path(folder, PACKAGED).is_file():
+            raise ValueError(
+                f"head_scores={word} cannot find the visual heads of pretrained={self.options.pretrained}: no token "
+                f"grid is known for {self.family.model_type!r} models; give head_scores=PATH, or a method without head "
+                "scores, for example snapkv."
+            )
 
     def _read_head_scores(self, config: dict[str, Any], progress: bool) -> HeadScores | None:
         """The scores of this model, or None for a method without. Finding them (`auto`) needs the loaded model."""

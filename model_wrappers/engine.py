@@ -144,7 +144,9 @@ class Engine:
         return Prompt(text, images, frames)
 
     def size(self, prompt: Prompt) -> int:
-        """Tokens of a prompt, those of its images and videos included, without processing them."""
+        """Tokens of a prompt, those of its images and videos included; processed only where that is not foretold."""
+        if not hasattr(self.processor, "_get_num_multimodal_tokens"):
+            return int(self.batch_inputs([prompt])["attention_mask"].sum())
         sizes: dict[str, Any] = {"image_sizes": [im.size[::-1] for im in prompt.images if isinstance(im, Image.Image)]}
         if prompt.videos:
             sizes["video_sizes"] = [frames.shape[:3] for frames in prompt.videos]

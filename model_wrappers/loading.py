@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,18 @@ import torch
 import transformers
 from accelerate import Accelerator
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from sparsemm_lmms.config import CompressionConfig
-from sparsemm_lmms.families import FAMILIES, Family
+from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
+from sparsemm_lmms.families import ANY, FAMILIES, GENERIC, Family
 from sparsemm_lmms.model_wrappers.arguments import DEMO, RunOptions
+from sparsemm_lmms.session import check_architecture
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """The device maps that accelerate finds by itself; others are a device, or a JSON object from modules to devices."""
@@ -147,23 +156,96 @@ def checkpoint_path(family: Family, options: RunOptions) -> str:
     return str(model_path(family.model_type))
 
 
-def read_config(family: Family, options: RunOptions) -> dict[str, Any]:
-    """The checkpoint's config.json, checked to be of this family before any weight is read.
+def find_family(name: str, given: Mapping[str, Any]) -> Family:
+    """The family of a checkpoint by the `model_type` in its config.json; else one of transformers' class for that type.
+
+    Args:
+        name: registered name of the model, for example `vlm_snapkv`.
+        given: arguments of the model, of which `pretrained` and `revision` are read.
 
     Raises:
-        ValueError: if it cannot be found or belongs to another kind of model.
+        ValueError: for no checkpoint, and for one that transformers' own classes do not run as a model of images.
     """
-    path = checkpoint_path(family, options)
+    told = {key: str(given[key]).strip() for key in ("pretrained", "revision") if given.get(key) is not None}
+    told = {key: value for key, value in told.items() if value.lower() not in ("", "none")}
+    if "pretrained" not in told:
+        raise ValueError(f"{name} needs pretrained=ORG/NAME, or a folder: it runs any checkpoint and has no default.")
+    options = RunOptions(told["pretrained"], revision=told.get("revision", "main"))
+    if options.is_demo:
+        models = " or ".join(name.replace(ANY, family, 1) for family in DEMO_FAMILIES)
+        raise ValueError(f"pretrained={DEMO} names no checkpoint to {name}; use --model {models} for a demo model.")
+    facts = _config_json(options.pretrained, options)
+    kind = str(facts.get("model_type", ""))
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    if architecture is None:
+        raise ValueError(f"pretrained={options.pretrained} cannot be compressed: {_why_not_run(kind, facts)}.")
+    config = _built(facts, options)
+    names = [[f"{media}_token_{end}" for end in ("id", "index")] for media in ("image", "video")]
+    known = [[field for field in fields if isinstance(getattr(config, field, None), int)] for fields in names]
+    image, video = known
+    return Family(
+        model_type=kind,
+        architecture=architecture,
+        pretrained=options.pretrained,
+        vision_tokens=(*(image[:1] or ["image_token_id"]), *video[:1]),
+        grid=None,
+        lmms_eval=GENERIC,
+        reads_video=bool(video),
+    )
+
+
+def _why_not_run(kind: str, facts: Mapping[str, Any]) -> str:
+    """What a checkpoint is that transformers has no class of images and text for."""
+    if "auto_map" in facts:
+        return (
+            f"it is a {kind!r} model, whose attention is code of its repository (remote code); use a checkpoint of it "
+            "for transformers' own classes"
+        )
+    if kind not in CONFIG_MAPPING:
+        return f"transformers {transformers.__version__} knows no model type {kind!r}"
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" not in facts:
+        return f"it is a text-only {kind!r} checkpoint, which reads no images"
+    return f"transformers has no class that reads images and writes text for its model type {kind!r}"
+
+
+def _config_json(path: str, options: RunOptions) -> dict[str, Any]:
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=options.revision)
         if not config:
             raise FileNotFoundError("there is no config.json")
     except OSError as error:
         raise ValueError(_unreachable(options, error)) from error
+    return config
+
+
+def _built(facts: Mapping[str, Any], options: RunOptions) -> Any:
+    """The configuration with the defaults that its file leaves out."""
+    try:
+        return CONFIG_MAPPING[facts["model_type"]].from_dict(dict(facts))
+    except Exception as error:  # whatever a class makes of values that it does not know
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"pretrained={options.pretrained} has a config.json that transformers {transformers.__version__} cannot "
+            f"read: {textwrap.shorten(reason, 200, placeholder=' ...').rstrip('.')}."
+        ) from error
+
+
+def read_config(family: Family, options: RunOptions) -> dict[str, Any]:
+    """The checkpoint's config.json, checked to be of this family and compressible before any weight is read.
+
+    Raises:
+        ValueError: if it cannot be found, belongs to another kind of model, or cannot be compressed.
+    """
+    config = _config_json(checkpoint_path(family, options), options)
     found = config.get("model_type")
     if found == family.model_type:
+        check_architecture(_built(config, options), f"pretrained={options.pretrained} ({family.architecture})")
         return config
     hint = f"; it belongs to the {found}_* models" if found in FAMILIES else ""
+    if not hint and found in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        hint = f"; try {ANY}_* models, which run any checkpoint"
     raise ValueError(
         f"pretrained={options.pretrained} is a {found!r} checkpoint, but {family.model_type}_* models need "
         f"a {family.model_type!r} one, for example {family.pretrained}{hint}."
@@ -183,8 +265,11 @@ def load_checkpoint(family: Family, options: RunOptions, device: torch.device) -
     try:
         processor = AutoProcessor.from_pretrained(path, **shared)
         _prepare_processor(processor, family, options)  # first: what is wrong is said before the weights are read
+        config = CONFIG_MAPPING[family.model_type].from_pretrained(path, revision=options.revision)
+        _name_image_token(config, family, processor, options)
         model = architecture.from_pretrained(
             path,
+            config=config,
             **shared,
             dtype=resolve_dtype(options, device),
             attn_implementation=options.attn_implementation,
@@ -198,10 +283,13 @@ def load_checkpoint(family: Family, options: RunOptions, device: torch.device) -
 
 
 def _prepare_processor(processor: ProcessorMixin, family: Family, options: RunOptions) -> None:
+    example = f", for example {family.pretrained}" if family.model_type in FAMILIES else ""
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"pretrained={options.pretrained} has no processor of images and text{example}.")
     if not getattr(processor, "chat_template", None):
         raise ValueError(
             f"pretrained={options.pretrained} has no chat template in its processor, so prompts cannot be written; "
-            f"use a chat checkpoint in the Hugging Face format, for example {family.pretrained}."
+            f"use a chat checkpoint in the Hugging Face format{example}."
         )
     limits = {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}
     if given := {edge: value for edge, value in limits.items() if value is not None}:
@@ -215,6 +303,20 @@ def _prepare_processor(processor: ProcessorMixin, family: Family, options: RunOp
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+
+
+def _name_image_token(config: Any, family: Family, processor: Any, options: RunOptions) -> None:
+    """Write the processor's image token into a config that names none."""
+    if any(isinstance(getattr(config, name, None), int) for name in family.vision_tokens):
+        return
+    places = (processor, processor.tokenizer)
+    token = next((place.image_token_id for place in places if hasattr(place, "image_token_id")), None)
+    if token is None:
+        raise ValueError(
+            f"pretrained={options.pretrained} cannot be compressed: neither its config nor its processor names the "
+            "token that stands for images (image_token_id)."
+        )
+    config.image_token_id = token
 
 
 def _check_pixels(least: int, most: int, options: RunOptions) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsemm_lmms.cache import CACHE_NAME, RaggedCache
 from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.session import vision_ids
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
 
@@ -119,8 +120,9 @@ def newest_vision(inputs: Mapping[str, Tensor], images: int, videos: int) -> dic
 def placeholders(model: Any) -> set[int]:
     """Ids of the tokens that stand for a piece of an image or a video."""
     family = FAMILIES.get(getattr(model.config, "model_type", ""))
-    names = family.vision_tokens if family is not None else ("image_token_id", "video_token_id")
-    return {token for name in names if (token := getattr(model.config, name, None)) is not None}
+    if family is None:
+        return set(vision_ids(model))
+    return {token for name in family.vision_tokens if (token := getattr(model.config, name, None)) is not None}
 
 
 def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:

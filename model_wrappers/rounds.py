@@ -74,6 +74,11 @@ class Dialogue:
             ends=(int(question_starts(model, inputs["input_ids"])), len(ids)),
             vision=newest_vision(inputs, self.images, self.videos),
         )
+        if (len(prompt.images), len(prompt.videos)) != (self.images, self.videos) and not parts.vision:
+            raise ValueError(
+                "A later round brings images, whose pixels cannot be told from those before in "
+                f"{model.config.model_type} models; use rounds=independent."
+            )
         if not self.engine.splits(self.session):
             cache.compress_next = self.recompress
         elif parts.vision:

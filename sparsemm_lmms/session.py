@@ -177,7 +177,7 @@ def compress(
             f"compress() was given a {type(model).__name__}, which wraps a model or is none; pass the transformers "
             "model itself (of a PeftModel `get_base_model()`, of a compiled or parallel wrapper the module inside)."
         )
-    _check_architecture(model)
+    check_architecture(model.config, type(model).__name__)
     text = model.config.get_text_config(decoder=True)
     before = text._attn_implementation
     if before.startswith(PREFIX):
@@ -269,20 +269,30 @@ def _score_values(config: CompressionConfig, head_scores: HeadScores | None, mod
     return None
 
 
-def _check_architecture(model: PreTrainedModel) -> None:
-    """Refuse, by class and reason, what the decode step cannot compute as the stock model does."""
-    text = model.config.get_text_config(decoder=True)
+def check_architecture(config: Any, name: str) -> None:
+    """Refuse, by class and reason, what the decode step cannot compute as the stock model does.
+
+    Args:
+        config: the model's configuration; its weights are not needed.
+        name: what the sentence calls the model.
+
+    Raises:
+        ValueError: if it cannot be compressed.
+    """
+    text = config.get_text_config(decoder=True)
     why = None
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
         why = "it is an encoder-decoder, whose cross-attention has a cache of its own"
-    elif getattr(text, "kv_lora_rank", None):
+    elif not hasattr(text, "num_hidden_layers"):
+        why = f"its {type(text).__name__} names no num_hidden_layers"
+    elif any(getattr(layer, "kv_lora_rank", None) for layer in getattr(text, "per_layer_config", None) or [text]):
         why = "its latent attention (kv_lora_rank) caches no keys and values per kv head"
     elif getattr(text, "cross_attention_layers", None):
         why = "it has cross-attention layers, whose keys are no part of the prompt"
     else:
-        why = _why_not_layers(model.config)
+        why = _why_not_layers(config)
     if why is not None:
-        raise ValueError(f"{type(model).__name__} cannot be compressed: {why}.")
+        raise ValueError(f"{name} cannot be compressed: {why}.")
 
 
 def _why_not_layers(config: Any) -> str | None:

@@ -17,7 +17,7 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.families import ANY, FAMILIES
 from sparsemm_lmms.model_wrappers.arguments import parse_arguments, unused_settings
 from sparsemm_lmms.model_wrappers.compressed import CompressedModel
 from sparsemm_lmms.model_wrappers.engine import Engine, Prompt
@@ -25,7 +25,7 @@ from sparsemm_lmms.model_wrappers.generation import GenerationSettings
 from sparsemm_lmms.model_wrappers.likelihood import Document, read_document, score
 from sparsemm_lmms.model_wrappers.lmms_eval import requests as host_requests
 from sparsemm_lmms.model_wrappers.lmms_eval.endings import ends_the_command
-from sparsemm_lmms.model_wrappers.lmms_eval.manifest import CLASSES
+from sparsemm_lmms.model_wrappers.lmms_eval.manifest import CLASSES, FOUND
 from sparsemm_lmms.model_wrappers.lmms_eval.patches import install
 from sparsemm_lmms.model_wrappers.lmms_eval.statistics import CacheTokenCounts, RunStatistics
 from sparsemm_lmms.model_wrappers.loading import Checkpoint, resolve_device
@@ -40,9 +40,9 @@ T = TypeVar("T", bound="CompressedChatModel")
 class CompressedChatModel(CompressedModel, lmms):
     """A vision-language model whose KV cache is compressed by `method`.
 
-    Subclasses add `family` and `method`. All arguments are checked before anything is loaded; see `RunOptions` and
-    `CompressionConfig` for what they mean. `checkpoint` is one that another model of this family has loaded: many
-    settings can share it.
+    Subclasses add `method` and `family`, or find that of their checkpoint. All arguments are checked before anything is
+    loaded; see `RunOptions` and `CompressionConfig` for what they mean. `checkpoint` is one that another model of this
+    family has loaded: many settings can share it.
     """
 
     is_simple = False
@@ -54,6 +54,8 @@ class CompressedChatModel(CompressedModel, lmms):
         self._ignored: set[str] = set()
         del max_batch_size  # the host's, for automatic batch sizes, which `batch_size` refuses
         self.configure(model_args)
+        if self.any_checkpoint:
+            FOUND[self.registered_name] = self.family.lmms_eval.prompts_of  # tasks are built behind the model
         self.accelerator = _accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         device = resolve_device(self.options, self.accelerator)
@@ -257,7 +259,7 @@ def __getattr__(name: str) -> type[CompressedChatModel]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     family, method = CLASSES[name]
     members = {
-        "family": FAMILIES[family],
+        **({"any_checkpoint": True} if family == ANY else {"family": FAMILIES[family]}),
         "method": method,
         "__module__": __name__,
         "__doc__": f"{family}, {method}.",

@@ -47,6 +47,7 @@ def environment(model: CompressedModel) -> dict[str, Any]:
     weights = next(model.model.parameters())
     cuda = weights.device.type == "cuda"
     images = getattr(model._ready().processor, "image_processor", None)
+    size = getattr(images, "size", None)
     return {
         "versions": {**versions(), "python": platform.python_version()},
         "git_commit": source_commit(),
@@ -55,7 +56,7 @@ def environment(model: CompressedModel) -> dict[str, Any]:
         "checkpoint": checkpoint_version(
             checkpoint_path(model.family, model.options), model.options.revision, model.model.config
         ),
-        "image_size": None if images is None else {k: v for k, v in dict(images.size).items() if v is not None},
+        "image_size": None if size is None else {k: v for k, v in dict(size).items() if v is not None},
     }
 
 

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from sparsemm_lmms.families.base import BenchModel, Family, LmmsEvalDefaults, VLMEvalKit
+from sparsemm_lmms.families.base import GENERIC, BenchModel, Family, LmmsEvalDefaults, VLMEvalKit
 
-__all__ = ["FAMILIES", "BenchModel", "Family", "LmmsEvalDefaults", "VLMEvalKit", "family_of"]
+__all__ = ["ANY", "FAMILIES", "GENERIC", "BenchModel", "Family", "LmmsEvalDefaults", "VLMEvalKit", "family_of"]
 
 GROUP = "sparsemm_lmms.families"
+
+ANY = "vlm"
+"""`vlm_<method>` runs any checkpoint, and finds its family."""
 
 FAMILIES: dict[str, Family]
 """Name (the `model_type`) -> family: those of this folder by name, then those of other packages. Read on first use, so
@@ -60,6 +63,8 @@ def _loaded(entry: EntryPoint) -> Family:
 
 def _check_new(family: Family, known: dict[str, Family]) -> None:
     """Refuse names that are taken: the first who has a name keeps it."""
+    if family.model_type == ANY:
+        raise ValueError(f"the model type {ANY} is that of the models for any checkpoint.")
     for other in known.values():
         for kind, names, taken in zip(_NAMES, _names(family), _names(other), strict=True):
             if both := sorted(names & taken):
@@ -79,5 +84,5 @@ def _names(family: Family) -> Iterator[set[str]]:
 
 
 def family_of(model_id: str) -> str | None:
-    """The family of a name `<family>_<method>`, whatever its method; None if it is none of ours."""
-    return max((name for name in _families() if model_id.startswith(f"{name}_")), key=len, default=None)
+    """The family of a name `<family>_<method>` (perhaps `ANY`), whatever its method; None if it is none of ours."""
+    return max((name for name in (*_families(), ANY) if model_id.startswith(f"{name}_")), key=len, default=None)

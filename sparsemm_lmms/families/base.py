@@ -26,6 +26,10 @@ class LmmsEvalDefaults:
     pixel_limits: tuple[int, int] | None = None
 
 
+GENERIC = LmmsEvalDefaults(prompts_of="huggingface", max_new_tokens=4096)
+"""Defaults of checkpoints without a family: those of the host's model for any checkpoint."""
+
+
 @dataclass(frozen=True)
 class VLMEvalKit:
     """The family in VLMEvalKit.

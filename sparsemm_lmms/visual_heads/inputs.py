@@ -12,6 +12,9 @@ from sparsemm_lmms.visual_heads.matching import words_of
 from sparsemm_lmms.visual_heads.samples import CalibrationSample
 from sparsemm_lmms.visual_heads.token_grid import GridFamily, Views
 
+WRITTEN = {"paligemma": 1}
+"""Type of the tokens that a model writes, by model type, where that isn't 0, as of all other text."""
+
 
 @dataclass
 class Batch:
@@ -42,7 +45,7 @@ def make_batch(
         processor.apply_chat_template(chat_messages(sample), tokenize=False, add_generation_prompt=True)
         for sample in samples
     ]
-    images = [image for sample in samples if not sample.video for image in sample.images]
+    images = [list(sample.images) for sample in samples if not sample.video]
     videos = [list(sample.video) for sample in samples if sample.video]
     bos = getattr(processor.tokenizer, "bos_token", None)
     options: dict[str, Any] = {"images": images or None, "padding": True, "padding_side": "left"}
@@ -51,10 +54,12 @@ def make_batch(
     if bos and texts[0].startswith(bos):  # the template wrote it; a second one is not what the model was trained on
         options["add_special_tokens"] = False
     inputs = dict(processor(text=texts, return_tensors="pt", **options))
+    inputs.pop("labels", None)  # PaliGemma's processor writes what training would need
     grids = family.grids(
         {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()},
-        [image.size for image in images],
+        [image.size for own in images for image in own],
         [video[0].size for video in videos],
+        processor,
     )
     prompt = inputs["input_ids"].shape[1]
     most = max(len(words_of(sample)) for sample in samples)
@@ -84,9 +89,11 @@ def with_answers(batch: Batch, answers: Sequence[Sequence[int]], pad: int, model
     real = (torch.arange(longest)[None, :] < lengths[:, None]).to(mask)
     inputs["input_ids"] = torch.cat([ids, tail.to(ids.device)], dim=1)
     inputs["attention_mask"] = torch.cat([mask, real], dim=1)
-    if "mm_token_type_ids" in inputs:
-        kinds = inputs["mm_token_type_ids"]
-        inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(tail).to(kinds)], dim=1)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            kinds = inputs[name]
+            written = torch.full_like(tail, WRITTEN.get(model.config.model_type, 0))
+            inputs[name] = torch.cat([kinds, written.to(kinds)], dim=1)
     if not hasattr(model.base_model, "get_rope_index"):
         # What `generate` does for left padding; models with positions in three axes find them from the mask themselves.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)

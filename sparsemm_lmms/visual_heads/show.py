@@ -95,7 +95,8 @@ def view_heads(
     sample = CalibrationSample(image, question, "", (whole,))
     family = grid_for(model.config)
     batch = make_batch([sample], processor, family, "high", model)
-    (grid,) = family.grids({key: value.cpu() for key, value in batch.inputs.items()}, [image.size])
+    inputs = {key: value.cpu() for key, value in batch.inputs.items()}
+    (grid,) = family.grids(inputs, [image.size], processor=processor)
     options = {**GREEDY, "pad_token_id": pad_token(processor.tokenizer)}
     with torch.no_grad(), watch(model, _Rows(batch.words)) as rows:
         assert isinstance(rows, _Rows)

@@ -10,19 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
 
-from ..wrappers import tiny
+from . import makers
 
 HERE = Path(__file__).parent
-FILE = HERE / "qwen2_5_vl.txt"
+FILE = HERE / "qwen3_vl_moe.txt"
 STAND_IN = HERE.parent / "vlmevalkit" / "standin"
 SMALL = "device=cpu,window_size=8,min_pixels=3136,max_pixels=23520"
 
@@ -40,7 +32,7 @@ def install(folder: Path, **entries: str) -> None:
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site-packages")
     (folder / "stranger_qwen.py").write_text(FILE.read_text())
-    install(folder, qwen2_5_vl="stranger_qwen")
+    install(folder, qwen3_vl_moe="stranger_qwen")
     return folder
 
 
@@ -62,43 +54,11 @@ def run(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """GQA, windowed attention in the tower, M-RoPE; random weights."""
-    torch.manual_seed(0)
-    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = tiny._tokenizer(special)
-    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-            **tiny._ends(tokenizer),
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "out_hidden_size": 32,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "fullatt_block_indexes": [1],
-        },
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-    )
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=tiny.TURNS.replace("IMAGE", tiny._seen("image")).replace("VIDEO", tiny._seen("video")),
-    )
+    """GQA, M-RoPE, experts; random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    return tiny._save(Qwen2_5_VLForConditionalGeneration(config), processor, folder)
+    vision = dict(depth=2, num_position_embeddings=64, deepstack_visual_indexes=[0])
+    experts = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    return makers.qwen("Qwen3VLMoe", vision, 16, folder, **experts)
 
 
 def test_a_family_is_short() -> None:
@@ -108,34 +68,35 @@ def test_a_family_is_short() -> None:
 def test_lmms_eval_runs_it(run: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
     tasks = run("-m", "sparsemm_lmms", "tasks").strip()
     run(
-        *("-m", "lmms_eval", "--model", "qwen2_5_vl_snapkv", "--tasks", "sparsemm_demo_vqa", "--limit", 2),
+        *("-m", "lmms_eval", "--model", "qwen3_vl_moe_snapkv", "--tasks", "sparsemm_demo_vqa", "--limit", 2),
         *("--model_args", f"pretrained={checkpoint},budget=24,{SMALL}"),
         *("--include_path", tasks, "--output_path", tmp_path),
     )  # fmt: skip
     [file] = tmp_path.rglob("*_results.json")
     results = json.loads(file.read_text())
-    assert results["sparsemm_lmms"]["settings"]["model"] == "qwen2_5_vl_snapkv"
+    assert results["sparsemm_lmms"]["settings"]["model"] == "qwen3_vl_moe_snapkv"
     assert results["sparsemm_lmms"]["settings"]["system_prompt"] == "You are a helpful assistant."
     assert results["throughput"]["avg_kept_tokens"] == 24 < results["throughput"]["avg_prompt_tokens"]
-    assert "qwen2_5_vl" in run("-m", "sparsemm_lmms", "sweep", "--help")
+    assert "qwen3_vl_moe" in run("-m", "sparsemm_lmms", "sweep", "--help")
     run("-m", "sparsemm_lmms", "card", file, "--output", tmp_path / "card.md")
     assert "| snapkv |" in (tmp_path / "card.md").read_text()
 
 
 def test_a_sweep_runs_it(run: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
     run(
-        *("-m", "sparsemm_lmms", "sweep", "--model", "qwen2_5_vl", "--model_args", f"pretrained={checkpoint},{SMALL}"),
+        *("-m", "sparsemm_lmms", "sweep", "--model", "qwen3_vl_moe"),
+        *("--model_args", f"pretrained={checkpoint},{SMALL}"),
         *("--methods", "snapkv,uniform", "--budgets", "24", "--tasks", "sparsemm_demo_vqa", "--limit", 2),
         *("--output", tmp_path / "sweep"),
     )  # fmt: skip
     plan = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert [about["family"] for about in plan["models"].values()] == ["qwen2_5_vl"]
+    assert [about["family"] for about in plan["models"].values()] == ["qwen3_vl_moe"]
     assert (tmp_path / "sweep" / "report.md").exists() and len(plan["cells"]) == 3
 
 
 def test_head_scores_are_found_for_it(run: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
     run(
-        *("-m", "sparsemm_lmms", "chase", "--model", "qwen2_5_vl", "--pretrained", checkpoint, "--images", 2),
+        *("-m", "sparsemm_lmms", "chase", "--model", "qwen3_vl_moe", "--pretrained", checkpoint, "--images", 2),
         *("--mode", "teacher", "--output", tmp_path / "scores.json"),
     )  # fmt: skip
     assert set(json.loads((tmp_path / "scores.json").read_text())) >= {f"{i}-{j}" for i in range(3) for j in range(4)}
@@ -144,21 +105,22 @@ def test_head_scores_are_found_for_it(run: Callable[..., str], checkpoint: Path,
 def test_vlmevalkit_names_it(run: Callable[..., str]) -> None:
     code = (
         "import json; from functools import partial; from vlmeval import vlm; from vlmeval.config import supported_VLM;"
-        "supported_VLM['Qwen2.5-VL-7B-Instruct'] = partial(vlm.Qwen2VLChat, model_path='Qwen/Qwen2.5-VL-7B-Instruct');"
+        "path = 'Qwen/Qwen3-VL-30B-A3B-Instruct';"
+        "supported_VLM['Qwen3-VL-30B-A3B-Instruct'] = partial(vlm.Qwen2VLChat, model_path=path);"
         "from sparsemm_lmms.model_wrappers.vlmevalkit.model import register;"
-        "name = 'Qwen25VL-7B-Instruct_snapkv_b96_maxp2007040'; added = register([name]); entry = supported_VLM[name];"
+        "name = 'Qwen3VL-30B-Instruct_snapkv_b96_maxp2007040'; added = register([name]); entry = supported_VLM[name];"
         "print(json.dumps([added, entry.func.__name__, entry.keywords]))"
     )
     added, cls, keywords = json.loads(run("-c", code).splitlines()[-1])
-    assert "Qwen25VL-7B-Instruct_sparsemm_b64" in added
-    assert not any(name.startswith("Qwen25VL-3B") for name in added)  # that VLMEvalKit does not know the checkpoint
-    wanted = {"method": "snapkv", "budget": 96, "max_pixels": 2007040, "pretrained": "Qwen/Qwen2.5-VL-7B-Instruct"}
-    assert (cls, keywords) == ("CompressedQwen25VL", wanted)
+    assert "Qwen3VL-30B-Instruct_sparsemm_b64" in added
+    assert not any(name.startswith("Qwen3VL-235B") for name in added)  # that VLMEvalKit does not know the checkpoint
+    wanted = {"method": "snapkv", "budget": 96, "max_pixels": 2007040, "pretrained": "Qwen/Qwen3-VL-30B-A3B-Instruct"}
+    assert (cls, keywords) == ("CompressedQwen3VLMoe", wanted)
 
 
 def test_a_package_can_import_the_registry_first(run: Callable[..., str]) -> None:
     told = run("-c", "import stranger_qwen; from sparsemm_lmms.families import FAMILIES; print(list(FAMILIES))")
-    assert "'qwen2_5_vl']" in told and "left out" not in told
+    assert "'qwen3_vl_moe']" in told and "left out" not in told
 
 
 @pytest.mark.parametrize(
@@ -178,7 +140,7 @@ def test_a_broken_package_stands_alone(
 ) -> None:
     (tmp_path / "broken.py").write_text(code)
     (tmp_path / "stranger_qwen.py").write_text(FILE.read_text())
-    install(tmp_path, a_broken_one=entry, qwen2_5_vl="stranger_qwen")
+    install(tmp_path, a_broken_one=entry, qwen3_vl_moe="stranger_qwen")
     start = "from sparsemm_lmms.model_wrappers.lmms_eval.manifest import manifests;"
     told = run("-c", f"import sys; {start} print(len(manifests()), 'torch' in sys.modules)", on_path=tmp_path)
     without = run("-c", f"{start} print(len(manifests()))").split()[0]

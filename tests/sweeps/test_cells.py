@@ -72,7 +72,8 @@ def test_names_tell_all_cells_of_a_sweep_apart() -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"families": "llava"}, "Unknown --model 'llava'; known: llava_next, qwen2_vl. Did you mean 'llava_next'"),
+        ({"families": "llava_nex"}, "Unknown --model 'llava_nex'; known: .*qwen2_vl.* Did you mean 'llava_next'"),
+        ({"families": "llava"}, "demo family 'llava'; known: llava_next, qwen2_vl"),
         ({"families": ","}, "--model names no family"),
         ({"methods": "snapkw"}, "Unknown method 'snapkw'; known: .* Did you mean 'snapkv'"),
         ({"methods": "snapkv#2"}, "draws are whole numbers of random"),

@@ -61,7 +61,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make(root / family) for family, make in tiny.MAKERS.items()}
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=sorted(tiny.MAKERS))
 def engine(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Engine:
     family = FAMILIES[request.param]
     limits = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 30} if family.lmms_eval.pixel_limits else {}

@@ -1,0 +1,12 @@
+"""LLaVA-1.5 (llava-hf/llava-1.5-*): one picture of a fixed size for every image."""
+
+from sparsemm_lmms.families.base import Family, LmmsEvalDefaults
+
+FAMILY = Family(
+    model_type="llava",
+    architecture="LlavaForConditionalGeneration",
+    pretrained="llava-hf/llava-1.5-7b-hf",
+    vision_tokens=("image_token_index",),
+    grid="fixed",
+    lmms_eval=LmmsEvalDefaults(prompts_of="llava_hf", max_new_tokens=1024),
+)

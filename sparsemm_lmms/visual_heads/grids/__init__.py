@@ -1,0 +1,1 @@
+"""Kinds of token grid, one file a kind; ``base`` holds what they share."""
