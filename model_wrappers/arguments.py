@@ -11,7 +11,7 @@ from sparsemm_lmms.config import CUDA_GRAPHS, CompressionConfig
 from sparsemm_lmms.families import FAMILIES, Family
 from sparsemm_lmms.methods import METHODS, all_settings, find_method
 from sparsemm_lmms.presets import FREE, FREE_PARTS
-from sparsemm_lmms.settings import parse_value, shown, unknown_name
+from sparsemm_lmms.settings import cut, parse_value, shown, unknown_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
@@ -109,10 +109,10 @@ def parse_arguments(text: str) -> dict[str, str]:
             raise ValueError(f"--model_args {shown(text)} is not of the form name=value,name=value.")
         name, value = match[1], piece[match.end() :].strip().rstrip(",").rstrip()
         if name in RESERVED:
-            raise ValueError(f"--model_args cannot set {name!r} ({name}={_cut(value)}); leave it out.")
+            raise ValueError(f"--model_args cannot set {name!r} ({name}={cut(value)}); leave it out.")
         if name in found:
             raise ValueError(
-                f"--model_args gives {name} twice ({name}={_cut(found[name])} and {name}={_cut(value)}); give one."
+                f"--model_args gives {name} twice ({name}={cut(found[name])} and {name}={cut(value)}); give one."
             )
         if not value:
             raise ValueError(_empty(name))
@@ -202,10 +202,6 @@ def _run_options(family: Family, run: dict[str, Any], lmms_eval: bool) -> RunOpt
         if value is not None:
             run[name] = parse_value(name, str(value) if kinds[name] == "str" else value, kinds[name])
     return RunOptions(**run)
-
-
-def _cut(value: str) -> str:
-    return value if len(value) <= 80 else f"{value[:60]}...{value[-10:]}"
 
 
 def _empty(name: str) -> str:

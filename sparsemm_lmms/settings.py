@@ -148,6 +148,11 @@ def _decimal(text: str) -> str | None:
 def shown(value: Any) -> str:
     """`value` as a sentence quotes it: long ones are cut."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """A text for a sentence: its beginning and its end where it is long."""
     return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
 
 
