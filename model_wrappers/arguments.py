@@ -16,6 +16,13 @@ from sparsemm_lmms.settings import cut, parse_value, shown, unknown_name
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 ROUNDS = ("append", "recompress", "independent")
+QUANTIZATIONS = {
+    "bnb-4bit": "bitsandbytes",
+    "bnb-8bit": "bitsandbytes",
+    "torchao-int8wo": "torchao",
+    "torchao-fp8wo": "torchao",
+}
+"""Word -> the package that it needs. NF4 and LLM.int8() of bitsandbytes; weight-only int8 and float8 of torchao."""
 RESERVED = ("self", "checkpoint", "max_batch_size")
 """Parameters of our constructors that a command line cannot fill."""
 DEMO = "demo"
@@ -34,6 +41,8 @@ class RunOptions:
         device_map: accelerate's device map (`auto` spreads one model over several GPUs), or None.
         attn_implementation: attention of the prefill and the vision tower.
         trust_remote_code: run code from the repository.
+        quantization: how weights are quantised while they are read (`QUANTIZATIONS`), or None.
+        peft: folder or Hugging Face repository of a LoRA adapter for the checkpoint, or None.
         system_prompt: text, or a file that holds it; None for none.
         batch_size: prompts generated together (left padded).
         head_scores: `auto`, a file, `uniform`, `random`, `layer_mean` or `permuted`: for methods that need scores.
@@ -45,6 +54,8 @@ class RunOptions:
         skip_oom: leave documents out that do not fit into memory, counted and named, instead of stopping.
         max_num_frames: frames of a video at most.
         fps: frames of a video a second; None for as many as `max_num_frames` allows.
+        enable_thinking: in some families, whether the chat template asks for thoughts; an answer is then what follows
+            `</think>`, and empty where its tokens end before.
         cuda_graph: decode steps as one CUDA graph: `auto` where possible, `on` insists, `off` is transformers' loop.
     """
 
@@ -55,6 +66,8 @@ class RunOptions:
     device_map: str | None = None
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
+    quantization: str | None = None
+    peft: str | None = None
     system_prompt: str | None = None
     batch_size: int = 1
     head_scores: str = "auto"
@@ -66,6 +79,7 @@ class RunOptions:
     skip_oom: bool = False
     max_num_frames: int = 32
     fps: float | None = None
+    enable_thinking: bool | None = None
     cuda_graph: str = "auto"
 
     def __post_init__(self) -> None:
@@ -73,6 +87,8 @@ class RunOptions:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(unknown_name(name, getattr(self, name), known))
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(unknown_name("quantization", self.quantization, tuple(QUANTIZATIONS)))
         for name in ("batch_size", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -154,7 +170,13 @@ def split_arguments(
             config |= {} if absent else {name: value}
         else:
             raise ValueError(_refusal(name_of_model, name, sorted(known_run | known_config)))
-    return _run_options(family, run, lmms_eval), CompressionConfig.from_dict(config)
+    options, compression = _run_options(family, run, lmms_eval), CompressionConfig.from_dict(config)
+    if compression.chunk and options.compress_before_question:
+        raise ValueError(
+            f"max_cache={compression.max_cache} compacts the cache of a prompt that is read at once, which "
+            "compress_before_question=true does not; leave one of the two out."
+        )
+    return options, compression
 
 
 def known_run_options(family: Family, method: str) -> set[str]:
@@ -162,6 +184,8 @@ def known_run_options(family: Family, method: str) -> set[str]:
     names = {field.name for field in dataclasses.fields(RunOptions)}
     if family.lmms_eval.pixel_limits is None:
         names -= {"min_pixels", "max_pixels"}
+    if family.lmms_eval.enable_thinking is None:
+        names -= {"enable_thinking"}
     if not family.reads_video:
         names -= {"max_num_frames", "fps"}
     if not find_method(method).needs_head_scores:
@@ -186,7 +210,7 @@ def unused_settings(method: str) -> tuple[str, ...]:
     shared = {name for name, known in all_settings().items() if known.shared}
     unused = tuple(sorted(shared - set(parts.settings)))
     if not parts.compresses:
-        unused += ("budget", "window_size", "redistribute", "compress_before_question")
+        unused += ("budget", "window_size", "redistribute", "max_cache", "compact_by", "compress_before_question")
     return unused if parts.uses_seed else (*unused, "seed")
 
 
@@ -197,6 +221,10 @@ def _run_options(family: Family, run: dict[str, Any], lmms_eval: bool) -> RunOpt
         if family.lmms_eval.pixel_limits is not None:
             run.setdefault("min_pixels", family.lmms_eval.pixel_limits[0])
             run.setdefault("max_pixels", family.lmms_eval.pixel_limits[1])
+        run.setdefault("enable_thinking", family.lmms_eval.enable_thinking)
+        if family.lmms_eval.frame_limits is not None:
+            run.setdefault("max_num_frames", family.lmms_eval.frame_limits.max_num_frames)
+            run.setdefault("fps", family.lmms_eval.frame_limits.fps)
     kinds = {field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(RunOptions)}
     for name, value in run.items():
         if value is not None:

@@ -12,6 +12,7 @@ from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.families import ANY, FAMILIES, Family
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import find_method
+from sparsemm_lmms.model_wrappers.adapters import adapter_sha256
 from sparsemm_lmms.model_wrappers.arguments import (
     RunOptions,
     known_run_options,
@@ -28,8 +29,10 @@ from sparsemm_lmms.model_wrappers.loading import (
     read_config,
 )
 from sparsemm_lmms.presets import FREE, FREE_PARTS
+from sparsemm_lmms.session import check_vision
 from sparsemm_lmms.visual_heads import resolve_head_scores
 from sparsemm_lmms.visual_heads.checkpoints import PACKAGED
+from sparsemm_lmms.visual_heads.identity import UNCHANGED, Changes
 
 FROM_THE_MODEL = ("auto", "layer_mean", "permuted")  # head scores that may have to be found with the loaded model
 
@@ -39,6 +42,7 @@ class CompressedModel:
 
     Attributes:
         family: of the checkpoint; where `any_checkpoint`, `configure` finds it.
+        changes: what is done to the checkpoint's weights.
     """
 
     family: Family
@@ -48,6 +52,7 @@ class CompressedModel:
     compression: CompressionConfig
     checkpoint: Checkpoint | None = None
     head_scores: HeadScores | None = None
+    changes: Changes = UNCHANGED
     _device: torch.device
 
     def configure(self, given: dict[str, Any]) -> None:
@@ -66,11 +71,14 @@ class CompressedModel:
         """
         self._device = device
         check_possible(self.options, self.compression, device)
-        config = read_config(self.family, self.options)
+        config = read_config(self.family, self.options, self.method)
+        adapter = None if self.options.peft is None else adapter_sha256(self.options.peft)
+        self.changes = Changes(self.options.quantization, adapter)
         needs_model = self.options.head_scores.partition(":")[0] in FROM_THE_MODEL
-        self._check_head_scores_possible()
+        check_head_scores(self.family, self.options, self.compression)
         scores = None if needs_model else self._read_head_scores(config, progress)
         self.checkpoint = checkpoint or load_checkpoint(self.family, self.options, device)
+        check_vision(self.compression.method, self.checkpoint.model)
         self.head_scores = self._read_head_scores(config, progress) if needs_model else scores
         return self.checkpoint
 
@@ -97,6 +105,10 @@ class CompressedModel:
         unused = set(unused_settings(method))
         known = known_run_options(self.family, method) - unused - {"head_scores", "foreign_head_scores"}
         run = {name: value for name, value in vars(self.options).items() if name in known}
+        if run["quantization"] is None:
+            del run["quantization"]
+        if run.pop("peft") is not None:
+            run["peft"] = {"source": self.options.peft, "sha256": self.changes.adapter}
         run |= {"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
         free = dict(zip(FREE_PARTS, method.split("+"), strict=True)) if self.method == FREE else {}
         scores = None
@@ -107,21 +119,8 @@ class CompressedModel:
         found = {}
         if self.any_checkpoint:
             kind = self.family.model_type
-            found = {"family": kind if kind in FAMILIES else "generic", "model_type": kind}
+            found = {"family": kind if kind in FAMILIES else "generic", "model_type": self.model.config.model_type}
         return {"model": self.registered_name, **found, **run, **compression, "head_scores": scores, **free}
-
-    def _check_head_scores_possible(self) -> None:
-        """Refuse to find head scores in images whose tokens cannot be placed; those of a file can be used."""
-        word, _, file = self.options.head_scores.partition(":")
-        if not find_method(self.compression.method).needs_head_scores or word not in FROM_THE_MODEL or file:
-            return
-        folder = checkpoint_path(self.family, self.options)
-        if self.family.grid is None and not Path(folder, PACKAGED).is_file():
-            raise ValueError(
-                f"head_scores={word} cannot find the visual heads of pretrained={self.options.pretrained}: no token "
-                f"grid is known for {self.family.model_type!r} models; give head_scores=PATH, or a method without head "
-                "scores, for example snapkv."
-            )
 
     def _read_head_scores(self, config: dict[str, Any], progress: bool) -> HeadScores | None:
         """The scores of this model, or None for a method without. Finding them (`auto`) needs the loaded model."""
@@ -142,6 +141,7 @@ class CompressedModel:
             seed=self.compression.seed,
             foreign=self.options.foreign_head_scores,
             progress=progress,
+            changes=self.changes,
             **loaded,
         )
 
@@ -149,3 +149,21 @@ class CompressedModel:
         if self.checkpoint is None:
             raise RuntimeError("This model was cleaned away after its evaluation; create a new one.")
         return self.checkpoint
+
+
+def check_head_scores(family: Family, options: RunOptions, compression: CompressionConfig) -> None:
+    """Refuse to find head scores in images whose tokens cannot be placed; those of a file can be used.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    word, _, file = options.head_scores.partition(":")
+    if not find_method(compression.method).needs_head_scores or word not in FROM_THE_MODEL or file:
+        return
+    packaged = Path(checkpoint_path(family, options), PACKAGED).is_file() and options.peft is None
+    if family.grid is None and not packaged:
+        raise ValueError(
+            f"head_scores={word} cannot find the visual heads of pretrained={options.pretrained}: no token grid is "
+            f"known for {family.model_type!r} models; give head_scores=PATH, or a method without head scores, for "
+            "example snapkv."
+        )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,8 +16,8 @@ from sparsemm_lmms.cache import CACHE_NAME, RaggedCache
 from sparsemm_lmms.decode_graph import check_mode
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings, StepClock
 from sparsemm_lmms.model_wrappers.loading import Checkpoint
-from sparsemm_lmms.model_wrappers.media import FrameSampling, read_video
-from sparsemm_lmms.model_wrappers.prefill import cut, question_starts, run
+from sparsemm_lmms.model_wrappers.media import FrameSampling, Video, read_video
+from sparsemm_lmms.model_wrappers.prefill import cut, heeds_gaps, question_starts, run
 from sparsemm_lmms.session import CompressionSession
 
 Conversation = list[dict[str, Any]]
@@ -74,7 +73,7 @@ class Prompt(NamedTuple):
 
     text: str
     images: list[Any]
-    videos: Sequence[np.ndarray] = ()
+    videos: Sequence[Video] = ()
 
 
 class Engine:
@@ -88,6 +87,7 @@ class Engine:
             question uncompressed.
         sampling: which frames of a video are shown.
         cuda_graph: `auto`, `on` or `off`, see `sparsemm_lmms.decode.generate`.
+        enable_thinking: told to the chat template, or None to tell nothing; where true, thoughts are cut from answers.
     """
 
     def __init__(
@@ -98,12 +98,15 @@ class Engine:
         compress_before_question: bool = False,
         sampling: FrameSampling | None = None,
         cuda_graph: str = "auto",
+        enable_thinking: bool | None = None,
     ) -> None:
         self.model: Any = checkpoint.model  # `generate` comes from a mixin that type checkers do not see
         self.processor: Any = checkpoint.processor  # families bring more than the mixin declares
         self.cuda_graph = cuda_graph
         check_mode(cuda_graph, self.model.device)
         self.system_prompt, self.strip_answers = system_prompt, strip_answers
+        self.thinks = bool(enable_thinking)
+        self.template = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self.compress_before_question, self.sampling = compress_before_question, sampling or FrameSampling()
         tokenizer = self.processor.tokenizer
         stock = self.model.generation_config.eos_token_id
@@ -128,7 +131,7 @@ class Engine:
             messages.insert(0, {"role": "system", "content": content})
         chat = ChatMessages(messages=messages)
         text = self.processor.apply_chat_template(
-            chat.to_hf_messages(), tokenize=False, add_generation_prompt=not answered
+            chat.to_hf_messages(), tokenize=False, add_generation_prompt=not answered, **self.template
         )
         parts = [part for message in chat.messages for part in message.content]
         images = [part.url for part in parts if part.type == "image"]
@@ -144,12 +147,18 @@ class Engine:
         return Prompt(text, images, frames)
 
     def size(self, prompt: Prompt) -> int:
-        """Tokens of a prompt, those of its images and videos included; processed only where that is not foretold."""
-        if not hasattr(self.processor, "_get_num_multimodal_tokens"):
+        """Tokens of a prompt, those of its images and videos included; processed only where that is not foretold.
+
+        Marks that a processor writes between the tokens of an image are not foretold: then it is a little less.
+        """
+        foretold = hasattr(self.processor, "_get_num_multimodal_tokens")
+        if len(prompt.images) > 1 and "batch_num_images" in self.processor.image_processor.model_input_names:
+            foretold = False  # several images of a prompt have other sizes there than each of them alone
+        if not foretold or (prompt.videos and self.sampling.size is not None):  # time stamps are tokens, too
             return int(self.batch_inputs([prompt])["attention_mask"].sum())
         sizes: dict[str, Any] = {"image_sizes": [im.size[::-1] for im in prompt.images if isinstance(im, Image.Image)]}
         if prompt.videos:
-            sizes["video_sizes"] = [frames.shape[:3] for frames in prompt.videos]
+            sizes["video_sizes"] = [video.frames.shape[:3] for video in prompt.videos]
         media = self.processor._get_num_multimodal_tokens(**sizes)
         vision = [n for kind in ("num_image_tokens", "num_video_tokens") for n in media[kind] or ()]
         return len(self.processor.tokenizer(prompt.text)["input_ids"]) - len(vision) + int(sum(vision))
@@ -162,7 +171,14 @@ class Engine:
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Any], videos: Sequence[Any] = ()) -> BatchFeature:
         """Model inputs of a left-padded batch, on the model's device and in its dtype."""
-        moving = {"videos": list(videos), "do_sample_frames": False} if len(videos) else {}
+        moving: dict[str, Any] = {}
+        if len(videos):
+            read = [video for video in videos if isinstance(video, Video)]  # others are frames alone
+            told = {"video_metadata": [video.metadata for video in read]} if read else {}
+            moving["videos"] = [video.frames for video in read] or list(videos)
+            moving["videos_kwargs"] = {"do_sample_frames": False, **told}
+            if self.sampling.size is not None:
+                moving["videos_kwargs"]["do_resize"] = False
         features = self.processor(
             text=list(prompts), images=list(images) or None, padding=True, return_tensors="pt", **moving
         )
@@ -170,10 +186,9 @@ class Engine:
 
     def batch_inputs(self, prompts: Sequence[Prompt]) -> BatchFeature:
         """`inputs` of whole prompts."""
-        images: list[Any] = [prompt.images for prompt in prompts]
-        if not all(images):  # processors that count images prompt by prompt (Gemma 3, Idefics) know no empty list
-            images = [image for own in images for image in own]
-        return self.inputs([p.text for p in prompts], images, [video for p in prompts for video in p.videos])
+        images = [prompt.images for prompt in prompts]  # a list a prompt, as transformers' own chat template has them
+        videos = [video for prompt in prompts for video in prompt.videos]
+        return self.inputs([prompt.text for prompt in prompts], images if any(images) else [], videos)
 
     def generate(
         self, session: CompressionSession, conversations: Sequence[Conversation], settings: GenerationSettings
@@ -205,6 +220,10 @@ class Engine:
     def splits(self, session: CompressionSession) -> bool:
         """Whether prompts are compressed before their question is seen."""
         return self.compress_before_question and session.method.compresses
+
+    def at_once(self, session: CompressionSession, batch_size: int, likelihood: bool = False) -> int:
+        """How many prompts may share a batch: one, where they come in parts and padding between those is heeded."""
+        return 1 if (likelihood or self.splits(session)) and heeds_gaps(self.model) else batch_size
 
     def complete(
         self,
@@ -241,6 +260,8 @@ class Engine:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
+        if self.thinks:
+            texts = [text.partition("</think>")[2].strip() for text in texts]
         texts = [settings.cut(text) for text in texts]
         if self.strip_answers:
             texts = [text.strip() for text in texts]

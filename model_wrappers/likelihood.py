@@ -18,7 +18,15 @@ from transformers import BatchFeature
 from sparsemm_lmms.cache import CACHE_NAME
 from sparsemm_lmms.model_wrappers.engine import Answer, Batch, Conversation, Engine, Prompt, kept_tokens, measured
 from sparsemm_lmms.model_wrappers.generation import StepClock
-from sparsemm_lmms.model_wrappers.prefill import Parts, cut, placeholders, question_starts, run, shared_prefix
+from sparsemm_lmms.model_wrappers.prefill import (
+    Parts,
+    check_gaps,
+    cut,
+    placeholders,
+    question_starts,
+    run,
+    shared_prefix,
+)
 from sparsemm_lmms.session import CompressionSession
 
 
@@ -80,6 +88,11 @@ def score(
 
     `inputs` are those of the documents' prompts where they are at hand.
     """
+    if session.config.chunk:
+        raise ValueError(
+            f"max_cache={session.config.max_cache} compacts a cache while tokens are written one by one, and a "
+            "likelihood writes none; use max_cache=0."
+        )
     prompts = [document.prompt for document in documents]
     inputs = engine.batch_inputs(prompts) if inputs is None else inputs
     dropped = torch.tensor([document.dropped for document in documents], device=inputs["input_ids"].device)
@@ -125,9 +138,11 @@ def _score_rows(
     columns = torch.arange(width, device=device)
     real = columns >= padding[:, None]
     positions = parts.positions[..., -1:] + (columns - padding[:, None]).clamp(min=0) + 1
+    mask = torch.cat([parts.mask, real.long()], 1)
+    check_gaps(engine.model, mask)
     out = engine.model(
         input_ids=ids,
-        attention_mask=torch.cat([parts.mask, real.long()], 1),
+        attention_mask=mask,
         position_ids=positions,
         **{CACHE_NAME: cache},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,17 +20,25 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    MODEL_MAPPING,
 )
 from transformers.utils import is_flash_attn_2_available
 
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
-from sparsemm_lmms.families import ANY, FAMILIES, GENERIC, Family
+from sparsemm_lmms.families import ANY, FAMILIES, GENERIC, Family, family_for
+from sparsemm_lmms.model_wrappers.adapters import check_adapter, with_adapter
 from sparsemm_lmms.model_wrappers.arguments import DEMO, RunOptions
+from sparsemm_lmms.model_wrappers.quantization import quantization_config, quantization_of
 from sparsemm_lmms.session import check_architecture
+from sparsemm_lmms.visual_heads.token_grid import kind_of
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """The device maps that accelerate finds by itself; others are a device, or a JSON object from modules to devices."""
+
+AUDIO_CONFIGS = {"audio_config", "audio_encoder", "audio_encoder_config"}
+"""Names that transformers' configs have for parts of theirs that hear."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +185,8 @@ def find_family(name: str, given: Mapping[str, Any]) -> Family:
         raise ValueError(f"pretrained={DEMO} names no checkpoint to {name}; use --model {models} for a demo model.")
     facts = _config_json(options.pretrained, options)
     kind = str(facts.get("model_type", ""))
-    if kind in FAMILIES:
-        return FAMILIES[kind]
+    if (family := family_for(kind)) is not None:
+        return family
     architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
     if architecture is None:
         raise ValueError(f"pretrained={options.pretrained} cannot be compressed: {_why_not_run(kind, facts)}.")
@@ -190,7 +199,7 @@ def find_family(name: str, given: Mapping[str, Any]) -> Family:
         architecture=architecture,
         pretrained=options.pretrained,
         vision_tokens=(*(image[:1] or ["image_token_id"]), *video[:1]),
-        grid=None,
+        grid=kind_of(config),
         lmms_eval=GENERIC,
         reads_video=bool(video),
     )
@@ -205,6 +214,8 @@ def _why_not_run(kind: str, facts: Mapping[str, Any]) -> str:
         )
     if kind not in CONFIG_MAPPING:
         return f"transformers {transformers.__version__} knows no model type {kind!r}"
+    if kind in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES or set(CONFIG_MAPPING[kind].sub_configs) & AUDIO_CONFIGS:
+        return f"transformers has no class that reads images and writes text for {kind!r}, a model with audio"
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" not in facts:
         return f"it is a text-only {kind!r} checkpoint, which reads no images"
     return f"transformers has no class that reads images and writes text for its model type {kind!r}"
@@ -217,6 +228,10 @@ def _config_json(path: str, options: RunOptions) -> dict[str, Any]:
             raise FileNotFoundError("there is no config.json")
     except OSError as error:
         raise ValueError(_unreachable(options, error)) from error
+    except TypeError:  # of transformers' look into a number
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"pretrained={options.pretrained} has a config.json that is no JSON object.")
     return config
 
 
@@ -232,53 +247,90 @@ def _built(facts: Mapping[str, Any], options: RunOptions) -> Any:
         ) from error
 
 
-def read_config(family: Family, options: RunOptions) -> dict[str, Any]:
+def read_config(family: Family, options: RunOptions, method: str | None = None) -> dict[str, Any]:
     """The checkpoint's config.json, checked to be of this family and compressible before any weight is read.
+
+    Args:
+        method: of the model, for a sentence that names another one.
 
     Raises:
         ValueError: if it cannot be found, belongs to another kind of model, or cannot be compressed.
     """
     config = _config_json(checkpoint_path(family, options), options)
-    found = config.get("model_type")
-    if found == family.model_type:
-        check_architecture(_built(config, options), f"pretrained={options.pretrained} ({family.architecture})")
+    found = str(config.get("model_type", ""))
+    architecture = family.architectures.get(found) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(found)
+    if architecture is not None:
+        built = _built(config, options)
+        check_architecture(built, f"pretrained={options.pretrained} ({architecture})")
+    if found in family.architectures:
+        _check_attention(built, options)
         return config
-    hint = f"; it belongs to the {found}_* models" if found in FAMILIES else ""
-    if not hint and found in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        hint = f"; try {ANY}_* models, which run any checkpoint"
+    if (other := family_for(found)) is not None:
+        use = f": use {other.model_type}_{method}" if method else ""
+        hint = f"it belongs to the {other.model_type}_* models{use}"
+    elif architecture is not None:
+        hint = f"try {ANY}_* models, which run any checkpoint" + (f": {ANY}_{method}" if method else "")
+    else:
+        hint = _why_not_run(found, config)
     raise ValueError(
         f"pretrained={options.pretrained} is a {found!r} checkpoint, but {family.model_type}_* models need "
-        f"a {family.model_type!r} one, for example {family.pretrained}{hint}."
+        f"a {' or '.join(map(repr, family.architectures))} one, for example {family.pretrained}; {hint}."
     )
+
+
+def _check_attention(config: Any, options: RunOptions) -> None:
+    """Refuse an implementation that passes over what the text model's attention has."""
+    text = config.get_text_config(decoder=True)
+    model: Any = MODEL_MAPPING.get(type(text), None)
+    if options.attn_implementation == "sdpa" and model is not None and not model._supports_sdpa:
+        raise ValueError(
+            f"pretrained={options.pretrained} has a {text.model_type!r} text model, whose attention is not that of "
+            "attn_implementation=sdpa (soft-capped logits or sinks, say); use attn_implementation=eager."
+        )
 
 
 def load_checkpoint(family: Family, options: RunOptions, device: torch.device) -> Checkpoint:
     """Load weights and processor. Call `read_config` first."""
-    architecture = getattr(transformers, family.architecture, None)
+    path = checkpoint_path(family, options)
+    kind = _config_json(path, options)["model_type"]
+    architecture = getattr(transformers, family.architectures[kind], None)
     if architecture is None:
         raise ValueError(
-            f"transformers {transformers.__version__} has no {family.architecture}, which {family.model_type}_* models "
-            "need; install a version that has it."
+            f"transformers {transformers.__version__} has no {family.architectures[kind]}, which {family.model_type}_* "
+            f"models need for {kind!r} checkpoints; install a version that has it."
         )
-    path = checkpoint_path(family, options)
     shared: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(path, **shared)
         _prepare_processor(processor, family, options)  # first: what is wrong is said before the weights are read
-        config = CONFIG_MAPPING[family.model_type].from_pretrained(path, revision=options.revision)
+        config = CONFIG_MAPPING[kind].from_pretrained(path, revision=options.revision)
         _name_image_token(config, family, processor, options)
+        dtype, told = resolve_dtype(options, device), options.pretrained
+        quantization = quantization_config(options.quantization, config, architecture, told, device, dtype)
+        if options.peft is not None:
+            check_adapter(options.peft, config, architecture, told)
+        quantised = quantization is not None or quantization_of(config) is not None
+        device_map = read_device_map(options) or ({"": str(device)} if quantised else None)
         model = architecture.from_pretrained(
             path,
             config=config,
             **shared,
-            dtype=resolve_dtype(options, device),
+            dtype=dtype,
             attn_implementation=options.attn_implementation,
-            device_map=read_device_map(options),
+            device_map=device_map,
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
     except OSError as error:
         raise ValueError(_unreachable(options, error)) from error
-    if options.device_map is None:
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"pretrained={options.pretrained} needs a package that is not installed here: {reason}"
+        ) from error
+    if device_map is None:
         model.to(device)
+    if options.peft is not None:
+        model = with_adapter(model, options.peft, quantised)
     return Checkpoint(model.eval(), processor, path)
 
 
@@ -336,7 +388,12 @@ def _unreachable(options: RunOptions, error: OSError) -> str:
     reason = str(error).strip().split("\n")[0].rstrip(".")
     if Path(options.pretrained).is_dir():
         return f"pretrained={options.pretrained} is no complete Hugging Face checkpoint: {reason}."
+    told = f"pretrained={options.pretrained} is no local folder"
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", options.pretrained):
+        return f"{told}; give the folder of the checkpoint, or pretrained={DEMO}, the packaged demo model."
+    folder = f"checkpoints/{options.pretrained.rpartition('/')[2]}"
     return (
-        f"pretrained={options.pretrained} is no local folder and could not be loaded from Hugging Face ({reason}); "
-        f"without a network use pretrained={DEMO}, the packaged demo model."
+        f"{told} and could not be loaded from Hugging Face ({reason}); without a network bring it from elsewhere "
+        f"(`hf download {options.pretrained} --local-dir {folder}`, then pretrained={folder}), or use "
+        f"pretrained={DEMO}, the packaged demo model."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import torch
 from transformers import BatchFeature
 
 from sparsemm_lmms.cache import RaggedCache
@@ -13,6 +14,7 @@ from sparsemm_lmms.model_wrappers.generation import GenerationSettings, StepCloc
 from sparsemm_lmms.model_wrappers.media import read_video
 from sparsemm_lmms.model_wrappers.prefill import (
     Parts,
+    check_causal,
     newest_vision,
     placeholders,
     question_starts,
@@ -66,7 +68,9 @@ class Dialogue:
     ) -> Batch:
         model = self.engine.model
         clock = StepClock(model.device)
-        self._return_to(cache, min(shared_prefix(ids, self.ids), len(ids) - 1))
+        kept = min(shared_prefix(ids, self.ids), len(ids) - 1)
+        check_causal(model, inputs, torch.tensor([kept], device=model.device))
+        self._return_to(cache, kept)
         parts = Parts(
             ids=inputs["input_ids"],
             mask=inputs["attention_mask"],
@@ -124,6 +128,11 @@ def converse(
     Args:
         mode: `append`, `recompress` or `independent` (see `RunOptions.rounds`).
     """
+    if session.config.chunk and mode != "independent":
+        raise ValueError(
+            f"max_cache={session.config.max_cache} compacts the cache of one prompt, which rounds={mode} goes on with; "
+            "use rounds=independent, or max_cache=0."
+        )
     dialogue = Dialogue(engine, session, recompress=mode == "recompress")
     messages = next(talk)
     while True:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparsemm_lmms.cache import RaggedCache
     from sparsemm_lmms.config import CompressionConfig
     from sparsemm_lmms.head_scores import HeadScores
-    from sparsemm_lmms.selection import head_budgets, kept_positions
+    from sparsemm_lmms.selection import head_budgets, kept_positions, token_scores
     from sparsemm_lmms.session import CompressionSession, compress
 
 _HOMES = {
@@ -30,6 +30,7 @@ _HOMES = {
     "compress": "session",
     "head_budgets": "selection",
     "kept_positions": "selection",
+    "token_scores": "selection",
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "compress",
     "head_budgets",
     "kept_positions",
+    "token_scores",
 ]
 
 

@@ -38,4 +38,5 @@ def map_folders() -> None:
         (folder / "__init__.py").is_file() for folder in FOLDERS.values()
     )
     if is_clone and SourceTreeFinder not in sys.meta_path:
-        sys.meta_path.append(SourceTreeFinder)  # type: ignore[arg-type]
+        # first: an editable install of another clone would give that one's sub-packages beside this one's folder
+        sys.meta_path.insert(0, SourceTreeFinder)  # type: ignore[arg-type]

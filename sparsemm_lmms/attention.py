@@ -20,8 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs
 
 from sparsemm_lmms.handoff import handed
+from sparsemm_lmms.sliding import SlidingWindow
 
 PREFIX = "ragged_kv_"
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")  # of an attention module's output projection
 # What attention modules are handed or hand on without it bearing on the attention of a decoder.
 HARMLESS = frozenset(TransformersKwargs.__optional_keys__) | {
     "assistant_model", "assistant_tokenizer", "cache_position", "dropout", "image_sizes", "labels", "logits_to_keep",
@@ -29,12 +31,8 @@ HARMLESS = frozenset(TransformersKwargs.__optional_keys__) | {
 }  # fmt: skip
 
 
-def register(prefill: str, windowed: bool = False) -> str:
+def register(prefill: str) -> str:
     """Register our functions on top of the stock implementation `prefill` and return their name.
-
-    Args:
-        windowed: whether the model has layers with sliding windows or chunks: then all masks are the stock ones, since
-            a mask function is not told whose mask it makes. Compressed layers pass over theirs behind the prompt.
 
     Raises:
         ValueError: if transformers has no such implementation or it makes no masks.
@@ -43,15 +41,15 @@ def register(prefill: str, windowed: bool = False) -> str:
     known = [name for name in known if not name.startswith(PREFIX)]
     if prefill not in known:
         raise ValueError(f"attn_implementation={prefill!r} cannot run the prefill; known: {', '.join(known)}.")
-    name = PREFIX + ("windowed_" if windowed else "") + prefill.replace("flash_attention_", "fa")
+    name = PREFIX + prefill.replace("flash_attention_", "fa")
     stock = ALL_MASK_ATTENTION_FUNCTIONS[prefill]
     AttentionInterface.register(name, partial(ragged_attention, prefill))
-    AttentionMaskInterface.register(name, stock if windowed else partial(ragged_mask, stock))
+    AttentionMaskInterface.register(name, partial(ragged_mask, stock))
     return name
 
 
 def ragged_mask(prefill_mask: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
-    """The stock mask for a prompt; none afterwards, because a segment holds exactly what may be attended to."""
+    """The stock mask for a prompt; none afterwards: segments hold what may be attended to, windows make their own."""
     if kwargs["kv_length"] > kwargs["q_length"]:
         return None
     return prefill_mask(*args, **kwargs)
@@ -71,8 +69,8 @@ def ragged_attention(
 ) -> tuple[Tensor, None]:
     """Prefill: stock attention over the full prompt, then compression. Later: append and attend to the segments.
 
-    A layer that is not compressed (sliding window, chunks) has stock attention. One that reads the keys of another
-    attends to what that one keeps, and neither compresses nor appends.
+    A layer with a sliding window or chunks has stock attention, and from one decode step to the next the kernel of the
+    segments. One that reads the keys of another attends to what that one keeps, and neither compresses nor appends.
 
     Args:
         query: `[batch, q_heads, t, head_dim]`; key, value: `[batch, kv_heads, t, head_dim]`, post-RoPE.
@@ -96,6 +94,11 @@ def ragged_attention(
     if layer is None:
         stock = _prefill_function(prefill, module)
         return stock(module, query, key, value, attention_mask, scaling=scale, **given, **kwargs)[0], None
+    if isinstance(layer, SlidingWindow) and query.shape[2] > 1:
+        stock = _prefill_function(prefill, module)
+        mask = layer.mask_for(prefill, query.dtype)
+        return stock(module, query, key, value, mask, scaling=scale, **given, **kwargs)[0], None
+    kwargs = {name: x for name, x in kwargs.items() if name != "sliding_window" or not isinstance(layer, SlidingWindow)}
     if kwargs.get("sliding_window") is not None:
         raise ValueError("Sliding-window attention layers cannot be compressed; use a model with full attention.")
     for name, x in kwargs.items():  # decode steps would pass over it and give other logits
@@ -105,10 +108,13 @@ def ragged_attention(
     if s_aux is None and getattr(module, "sinks", None) is not None:
         raise ValueError(f"{type(module).__name__} has sinks, but does not pass them on: it cannot be compressed.")
     sinks = None if s_aux is None else s_aux.detach()
+    if isinstance(layer, SlidingWindow):
+        return layer.attend(*_as_data(query, key, value), scale, softcap, sinks).transpose(1, 2), None
     if not layer.at_prompt:
         data = _as_data(query, key, value)
         if owner:
-            output = layer.extend(*data, scale, layer.step, softcap, sinks)
+            weight = _output_weight(module) if layer.step.compress else None
+            output = layer.extend(*data, scale, layer.step, softcap, sinks, weight)
         else:
             output = layer.attend(data[0], scale, layer.step, softcap, sinks)
         output = output.transpose(1, 2)
@@ -122,7 +128,7 @@ def ragged_attention(
                 )
         output = stock(module, query, key, value, attention_mask, scaling=scale, **given, **kwargs)[0]
         if owner:
-            layer.fill(*_as_data(query, key, value), scale, layer.step, softcap, sinks)
+            layer.fill(*_as_data(query, key, value), scale, layer.step, softcap, sinks, _output_weight(module))
     if owner and layer.masked is not None:
         output = output.masked_fill(layer.masked[:, None], 0)
     return output, None
@@ -133,6 +139,13 @@ def _as_data(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     if torch.is_grad_enabled():
         query, key, value = query.detach(), key.detach(), value.detach()
     return query.to(value.dtype), key.to(value.dtype), value
+
+
+def _output_weight(module: torch.nn.Module) -> Tensor | None:
+    """Weight `[hidden, q_heads * head_dim]` of the layer's output projection, None where it has no plain one."""
+    projections = [getattr(module, name) for name in OUTPUT_NAMES if hasattr(module, name)]
+    weight = getattr(projections[0], "weight", None) if projections else None
+    return weight.detach() if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point() else None
 
 
 def _prefill_function(prefill: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Any]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+TINY = 1e-300
+
 
 def visual_shares(head_scores: np.ndarray, kv_heads: int) -> np.ndarray:
     """Share of each kv head in the score of the whole model.
@@ -117,3 +119,57 @@ def spend_exactly(floor: np.ndarray, weights: np.ndarray, limit: np.ndarray, tot
         missing -= len(step)
         order = order[whole[order] < limit[order]]
     return whole.astype(np.int64).reshape(shape)
+
+
+def with_floor(weights: np.ndarray, least: float, total: float) -> np.ndarray:
+    """Share `total` out in proportion to `weights`, but at least `least` to each; those above pay for those below.
+
+    A further cell never raises the share of another.
+
+    Args:
+        weights: float64 `[cells]`, not negative; all zero counts as all equal.
+        least: at most `total / cells`.
+
+    Returns:
+        float64 `[cells]` that sums to `total`.
+    """
+    weights = weights if weights.sum() > 0 else np.ones_like(weights)
+    low = np.zeros(len(weights), dtype=bool)
+    while True:
+        rest = np.where(low, 0.0, weights)
+        shares = np.where(low, least, rest / max(rest.sum(), TINY) * (total - least * low.sum()))
+        below = ~low & (shares < least)
+        if not below.any():
+            return shares
+        low |= below
+
+
+def highest_averages(weights: np.ndarray, limit: int, total: int) -> np.ndarray:
+    """Hand out exactly `total` tokens in proportion to `weights`, no cell over `limit`, by D'Hondt's method.
+
+    Token k of a cell is worth weight / k, and the best ones are handed out (ties: the earlier cell). So what a further
+    cell gets is taken from the others, and none of them ever gains: layers may be seen one after the other.
+
+    Args:
+        weights: float64 `[cells]`, not negative. Cells of weight 0 get what the others cannot use.
+
+    Returns:
+        int64 `[cells]` with sum `min(total, limit * cells)`.
+    """
+    total = min(total, limit * len(weights))
+    counts, free = np.zeros(len(weights), dtype=np.int64), np.ones(len(weights), dtype=bool)
+    worth = weights
+    while free.any():  # a cell whose exact share is above the limit is full
+        worth = np.where(free, weights, 0.0)
+        worth = worth if worth.sum() > 0 else free.astype(np.float64)
+        shares = worth / worth.sum() * (total - counts[~free].sum())
+        full = free & (shares >= limit)
+        counts = np.where(free, np.minimum(np.floor(shares * (1 - 1e-9)), limit), counts).astype(np.int64)
+        if not full.any():
+            break
+        counts, free = np.where(full, limit, counts), free & ~full
+    while (counts.sum()) < total:
+        room = counts < limit
+        rest = worth if (worth * room).sum() > 0 else room.astype(np.float64)
+        counts[np.argmax(np.where(room, rest / (counts + 1), -1.0))] += 1
+    return counts

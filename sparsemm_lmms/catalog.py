@@ -25,7 +25,7 @@ def methods(markdown: Annotated[bool, typer.Option("--markdown", help="As Markdo
         if markdown:
             print(f"**{title}**\n\n{as_markdown(header, rows)}")
         else:
-            _show(title, header, rows)
+            show(title, header, rows)
 
 
 def method_rows() -> Rows:
@@ -58,14 +58,14 @@ def _settings() -> Iterator[tuple[str, str, str, str]]:
     from sparsemm_lmms.registry import allocator_names, find_allocator, find_scorer, scorer_names
     from sparsemm_lmms.settings import declared
 
-    owners: dict[str, type] = {name: find_scorer(name) for name in scorer_names()}
-    owners |= {name: find_allocator(name) for name in allocator_names()}
+    owners: list[tuple[str, type]] = [(name, find_scorer(name)) for name in scorer_names()]
+    owners += [(name, find_allocator(name)) for name in allocator_names()]  # a scorer may have the same name
     shared = declared(CompressionConfig)
     for name, known in shared.items():
         yield name, _text(known.default), "all", known.help
     told: dict[str, list[str]] = {}
     known_by = {}
-    for owner, part in owners.items():
+    for owner, part in owners:
         for name, known in declared(part).items():
             told.setdefault(name, []).append(owner)
             known_by[name] = known
@@ -77,7 +77,8 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _show(title: str, header: Sequence[str], rows: Rows) -> None:
+def show(title: str, header: Sequence[str], rows: Rows) -> None:
+    """Print a table."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

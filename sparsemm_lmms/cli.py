@@ -24,6 +24,7 @@ ELSEWHERE = {
     "budgets": "visual_heads.commands",
     "show": "visual_heads.commands",
     "eval": "model_wrappers.lmms_eval.commands",
+    "families": "model_wrappers.matrix.commands",
     "methods": "catalog",
     "rerun": "model_wrappers.lmms_eval.commands",
     "card": "reports.card",

@@ -10,6 +10,7 @@ from sparsemm_lmms.settings import Setting, declared, setting, unknown_name
 
 KERNEL_BACKENDS = ("auto", "triton", "torch")
 CUDA_GRAPHS = ("auto", "on", "off")
+COMPACT_BY = ("window", "rkv")
 
 
 @dataclass(frozen=True, init=False)
@@ -48,6 +49,22 @@ class CompressionConfig:
         choices=KERNEL_BACKENDS,
         shared=True,
     )
+    max_cache: int = setting(
+        0,
+        help="tokens per kv head, on average, at which a cache that grows while it writes is compacted to `budget` "
+        "again; 0: never",
+        word="cap",
+        low=0,
+        shared=True,
+    )
+    compact_by: str = setting(
+        "window",
+        help="what stays then: `window`, by the method's scorer with the newest `window_size` queries, or `rkv`, by "
+        "R-KV's score",
+        words={"rkv": "rkv"},
+        choices=COMPACT_BY,
+        shared=True,
+    )
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __init__(self, method: str = "sparsemm", **given: Any) -> None:
@@ -64,10 +81,27 @@ class CompressionConfig:
         for name in shared:
             object.__setattr__(self, name, values[name])
         object.__setattr__(self, "settings", {name: values[name] for name in own})
-        if find_method(method).compresses and self.budget <= self.window_size:
+        if find_method(method).compresses:
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        from sparsemm_lmms.methods import find_method
+
+        if self.budget <= self.window_size:
             raise ValueError(
                 f"budget={self.budget} must be larger than window_size={self.window_size}: the budget counts the local "
                 "window, so raise budget or lower window_size."
+            )
+        if 0 < self.max_cache <= self.budget:
+            raise ValueError(
+                f"max_cache={self.max_cache} must be larger than budget={self.budget}, to which heads are compacted; "
+                f"use for example {2 * self.budget}, or 0 for never."
+            )
+        scorer = find_method(self.method).scorer
+        if self.max_cache and self.compact_by == "window" and scorer is not None and scorer.reads_turn:
+            raise ValueError(
+                f"method={self.method!r} reads how the queries of a whole prompt were rotated, which max_cache="
+                f"{self.max_cache} does not keep of the newest; use compact_by=rkv, or max_cache=0."
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -83,6 +117,13 @@ class CompressionConfig:
     def base(self) -> int:
         """Tokens per kv head outside the window (`budget - window_size`)."""
         return self.budget - self.window_size
+
+    @property
+    def chunk(self) -> int:
+        """Generated tokens between two compactions (`max_cache - budget`); 0 where nothing is compacted."""
+        from sparsemm_lmms.methods import find_method
+
+        return self.max_cache - self.budget if self.max_cache and find_method(self.method).compresses else 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CompressionConfig:

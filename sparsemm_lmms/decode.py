@@ -224,9 +224,8 @@ class DecodeLoop:
             names = sorted({type(x).__name__ for x in (*moving, *watching, decoder.streamer) if x is not None})
             say_once(f"The choice of the next token runs outside the CUDA graph, step by step, for {', '.join(names)}.")
         every = decoder.check_every or (CHECK_EVERY if device.type == "cuda" else 1)
-        # other layers than the compressed ones cannot take steps back
-        self.check = EndCheck(self.finished, every if self.whole and not self.cache.mixed else 1)
-        self.mask: Tensor | None = None  # `[batch, max_length]` of a padded batch, where layers have windows
+        # a state of linear attention cannot take steps back
+        self.check = EndCheck(self.finished, every if self.whole and not self.cache.has_states else 1)
         self.can_end = self.eos is not None or bool(watching)
 
     def prepare(self, outputs: ModelOutput, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -252,11 +251,7 @@ class DecodeLoop:
                 "way that the static decode loop does not know; use cuda_graph=off."
             )
         self.position = position.clone() - 1  # choosing the first token moves it
-        # A segment holds exactly what may be attended to, so a decode step needs no mask but for windows' sake.
-        mask = inputs.get("attention_mask")
-        if self.cache.windowed and mask is not None and not mask.all():
-            self.mask = mask.new_ones(self.batch, mask.shape[1] + self.ids.shape[1] - self.columns)
-            self.mask[:, : mask.shape[1]] = mask
+        # A segment holds exactly what may be attended to, so a decode step needs no mask.
         # Every new token is of the kind of the last; some versions of transformers hand on the kinds of all tokens.
         inputs |= {key: inputs[key][..., -1:] for key in KINDS if inputs.get(key) is not None}
         return {**inputs, "input_ids": self.token, "position_ids": self.position, "attention_mask": None}
@@ -265,8 +260,6 @@ class DecodeLoop:
         """From the prefill's logits `[batch, vocabulary]` to all tokens `[batch, prompt + new]`."""
 
         def forward() -> Tensor:
-            if self.mask is not None:
-                inputs["attention_mask"] = self.mask[:, : self.cache.get_seq_length() + 1]
             return self.model(**inputs, return_dict=True).logits[:, -1].to(torch.float32, copy=True)
 
         static: dict[str, Tensor] = {}
@@ -282,8 +275,10 @@ class DecodeLoop:
         self._look()
         while self.length < self.max_length and not (self.can_end and self.check()):
             if self.cache.headroom_left < 1:
+                if self.can_end and bool(self.finished.all()):
+                    break  # the steps behind the end are taken back, which a compaction cannot be
                 self.cache.reserve(1)
-                replay.forget()
+                replay.look_again()
             replay()
             if not self.whole:
                 self.choose(static["logits"].clone())  # a processor may keep what it gets; a replay overwrites

@@ -42,8 +42,6 @@ def uncapturable(model: PreTrainedModel, cache: RaggedCache) -> str | None:
     """Why a decode step of this model cannot be captured, as far as it can be known beforehand; None: try it."""
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         return "the model is spread over several devices"
-    if cache.windowed:
-        return "the model has layers with sliding windows or chunks, whose caches move at every step"
     backend = cache.method.config.kernel_backend
     if resolve_backend(backend, cache.full_layers[0].keys) != "triton":
         return f"kernel_backend={backend} runs the torch kernels here, which wait for the device"
@@ -98,6 +96,7 @@ class Replay:
     def __init__(self, step: Callable[[], Any], cache: RaggedCache, graph: Graph | None, must: bool = False) -> None:
         self.step, self.cache, self.graph, self.must = step, cache, graph, must
         self.warm = False
+        self.columns: Tensor | None = None  # kept alive for the graph
         self.known: list[Tensor] | None = None  # kept alive, and what the graph may find; None: nothing captured
 
     def __call__(self) -> None:
@@ -107,17 +106,23 @@ class Replay:
             self.step()
             self.warm = True
             return
-        if any(a is not b for a, b in zip(self.known, self.cache.static_tensors(), strict=True)):
+        if self._moved():
             raise RuntimeError("The KV cache moved under a captured decode step; this is a bug, use cuda_graph=off.")
         self.graph.replay()
         self.cache.count(1)
 
-    def forget(self) -> None:
-        """The cache has moved: capture anew at the next call."""
-        self.known = None
+    def look_again(self) -> None:
+        """The cache may have moved: if it has, capture anew at the next call."""
+        if self._moved():
+            self.known = None
+
+    def _moved(self) -> bool:
+        known = self.known or []
+        return bool(known) and any(a is not b for a, b in zip(known, self.cache.static_tensors(), strict=True))
 
     def _capture(self, graph: Graph) -> None:
-        counts = [(layer.seen, layer.appended) for layer in self.cache.full_layers]
+        counted, device = self.cache.counted, self.cache.full_layers[0].keys.device
+        self.columns = self.cache.columns = torch.tensor(self.cache.seen - 1, device=device)  # a step adds 1 first
         try:
             graph.capture(self.step)
             self.known = self.cache.static_tensors()
@@ -127,5 +132,4 @@ class Replay:
             self.graph = None
             say_once(f"Decoding without a CUDA graph: the step cannot be captured ({str(error).splitlines()[0]}).")
         finally:  # Python ran through the step, the device did not
-            for layer, (seen, appended) in zip(self.cache.full_layers, counts, strict=True):
-                layer.seen, layer.appended = seen, appended
+            self.cache.counted, self.cache.columns = counted, None

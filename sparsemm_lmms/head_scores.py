@@ -28,6 +28,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import numpy as np
 from sparsemm_lmms._version import __version__
 from sparsemm_lmms.head_statistics import per_image_facts
 from sparsemm_lmms.json_files import quoted, read_json
+from sparsemm_lmms.retention import Retention
 
 _KEY = re.compile(r"(\d{1,9})-(\d{1,9})", re.ASCII)
 
@@ -97,6 +99,20 @@ class HeadScores:
                 "`sparsemm-lmms chase`."
             )
 
+    @cached_property
+    def retention(self) -> Retention | None:
+        """The retention curves that were measured with these scores; drawn or alike where the scores are.
+
+        Raises:
+            ValueError: for curves that are none.
+        """
+        kind = self.provenance.get("kind")
+        if kind == "random":
+            return Retention.random(self.layers, self.heads, self.provenance.get("seed", 0))
+        if kind == "uniform":
+            return Retention.uniform(self.layers, self.heads)
+        return Retention.of(self.provenance)
+
     # ---- controls ----
     @classmethod
     def uniform(cls, layers: int, heads: int) -> HeadScores:
@@ -112,14 +128,15 @@ class HeadScores:
     def layer_mean(self) -> HeadScores:
         """Each head gets its layer's mean: the control that tells sparsity of heads from sparsity of layers."""
         table = np.repeat(self.values.mean(axis=1, keepdims=True), self.heads, axis=1)
-        return HeadScores(table, provenance={"kind": "layer_mean", "of": self.content_hash})
+        curves = {} if self.retention is None else {"retention": self.retention.layer_mean().facts()}
+        return HeadScores(table, provenance={"kind": "layer_mean", "of": self.content_hash, **curves})
 
     def permuted(self, seed: int = 0) -> HeadScores:
         """The same scores dealt to other heads of the whole model: the right unevenness in the wrong places."""
         flat = np.random.default_rng(seed).permutation(self.values.reshape(-1))
-        return HeadScores(
-            flat.reshape(self.values.shape), provenance={"kind": "permuted", "seed": seed, "of": self.content_hash}
-        )
+        curves = {} if self.retention is None else {"retention": self.retention.permuted(seed).facts()}
+        facts = {"kind": "permuted", "seed": seed, "of": self.content_hash, **curves}
+        return HeadScores(flat.reshape(self.values.shape), provenance=facts)
 
     # ---- files ----
     @classmethod

@@ -5,6 +5,7 @@ A name is one of `presets.METHODS`, or a free combination `SCORER+ALLOCATOR`, fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from sparsemm_lmms import presets
 from sparsemm_lmms.allocators.base import Allocator, LayerPrompt, Model, Shape
 from sparsemm_lmms.registry import allocator_names, find_allocator, find_scorer, scorer_names
+from sparsemm_lmms.retention import MEND, Retention
 from sparsemm_lmms.scorers.base import LayerView, Scorer
 from sparsemm_lmms.settings import Setting, declared, unknown_name
 
@@ -47,6 +49,11 @@ class Parts:
         return self.allocator.needs_head_scores
 
     @property
+    def reads_vision(self) -> bool:
+        """Whether image tokens must be told apart."""
+        return self.allocator.reads_vision or (self.scorer is not None and self.scorer.reads_vision)
+
+    @property
     def uses_seed(self) -> bool:
         """Whether `seed` has an effect; it also draws `head_scores=random` and `permuted`."""
         return self.allocator.draws or self.needs_head_scores
@@ -62,6 +69,14 @@ class Parts:
         if both := own.keys() & theirs.keys():
             raise ValueError(f"{self.scorer} and {self.allocator} both declare {', '.join(sorted(both))}.")
         return {**own, **theirs}
+
+    def papers(self, values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """(name, arXiv id) of what a user of these settings cites: those of the allocator, the scorer and settings."""
+        told = (known for name, known in self.settings.items() if values.get(name, known.default) != known.default)
+        papers = (*self.allocator.papers, *(self.scorer.papers if self.scorer else ()))
+        papers += tuple(known.paper for known in told if known.paper)
+        compacted = values.get("max_cache", 0) and values.get("compact_by", "window") != "window"
+        return (*papers, *find_scorer(values["compact_by"]).papers) if compacted else papers
 
 
 METHODS = {
@@ -85,9 +100,10 @@ def find_method(name: str) -> Parts:
     parts = Parts(find_scorer(scorer), find_allocator(allocator))
     if parts.allocator.compares_heads and not find_scorer(scorer).comparable:
         able = [other for other in scorer_names() if find_scorer(other).comparable]
+        able.sort(key=lambda other: other != presets.FREE_PARTS["scorer"])  # the usual one first
         raise ValueError(
             f"allocator={allocator} holds the scores of heads against each other, which those of scorer={scorer} do "
-            f"not allow; use {' or '.join(able)}, or another of {', '.join(allocator_names())}."
+            f"not allow; use {', '.join(able)}, or another of {', '.join(allocator_names())}."
         )
     return parts
 
@@ -105,13 +121,17 @@ class Method:
         config: the settings.
         model: shape of the model.
         head_scores: float64 `[layers, q_heads]` for methods that need them, else None.
+        retention: measured curves for methods that need them, else None.
     """
 
     config: CompressionConfig
     model: Model
     head_scores: np.ndarray | None = None
+    retention: Retention | None = None
 
     def __post_init__(self) -> None:
+        if self.scorer is not None:
+            self.scorer.check(self.model.num_layers, self.model.kv_heads)
         if not self.parts.needs_head_scores:
             return
         if self.head_scores is None:
@@ -122,6 +142,26 @@ class Method:
                 f"head_scores have shape {list(np.shape(self.head_scores))} but the model has "
                 f"{wanted[0]} layers x {wanted[1]} query heads; use scores made for this model."
             )
+        if not self.parts.allocator.needs_retention:
+            return
+        if self.retention is None:
+            raise ValueError(
+                f"method {self.config.method!r} needs retention curves, which these head scores lack; {MEND}, or use "
+                "`sparsemm`."
+            )
+        self._curves()
+
+    def _curves(self) -> Retention:
+        """The curves of the kv heads."""
+        assert self.retention is not None
+        curves = self.retention.of_groups(self.model.kv_heads)
+        found, wanted = curves.held.shape[:2], (self.model.num_layers, self.model.kv_heads)
+        if found != wanted:
+            raise ValueError(
+                f"the retention curves are for {list(found)} layers and kv heads, and the model has {list(wanted)}; "
+                f"{MEND}."
+            )
+        return curves
 
     @cached_property
     def parts(self) -> Parts:
@@ -132,6 +172,11 @@ class Method:
         return self._made(self.parts.scorer) if self.parts.scorer else None
 
     @cached_property
+    def compactor(self) -> Scorer | None:
+        """What ranks the tokens of a cache that is compacted while it writes (`compact_by`)."""
+        return self.scorer if self.config.compact_by == "window" else find_scorer(self.config.compact_by)()
+
+    @cached_property
     def allocator(self) -> Allocator:
         return self._made(self.parts.allocator)
 
@@ -140,7 +185,14 @@ class Method:
         model, config = self.model, self.config
         scores = self.head_scores if self.parts.needs_head_scores else None
         return Shape(
-            model.num_layers, model.q_heads, model.kv_heads, config.base, config.redistribute, config.seed, scores
+            model.num_layers,
+            model.q_heads,
+            model.kv_heads,
+            config.base,
+            config.redistribute,
+            config.seed,
+            scores,
+            self._curves() if self.parts.allocator.needs_retention else None,
         )
 
     @property

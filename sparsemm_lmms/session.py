@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from sparsemm_lmms import decode
 from sparsemm_lmms.attention import PREFIX, register
-from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache, has_windows, is_full
+from sparsemm_lmms.cache import CACHE_NAME, OLD_CACHE_NAME, RaggedCache, is_full
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import Model, find_method
 from sparsemm_lmms.selection import build_method
 
-# Caches of layers that are no full attention, and go on as in the stock model.
-STAY = frozenset(
-    {"DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer", "DummyLayer"}
-)
+# Caches of layers that are no full attention, and attend as in the stock model.
+STAY = frozenset({"DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"})
+
+PEFT = (0, 21)
+"""The first version of peft whose models run the hooks of the model inside."""
 
 
 class CompressionSession:
@@ -40,15 +41,16 @@ class CompressionSession:
 
     def __init__(self, model: PreTrainedModel, config: CompressionConfig, head_scores: HeadScores | None) -> None:
         self.model, self.config = model, config
-        self.method = build_method(
-            config, model_shape(model), _score_values(config, head_scores, model.config.model_type)
-        )
+        scores = _scores(config, head_scores, model.config.model_type)
+        values, retention = (None, None) if scores is None else (scores.values, scores.retention)
+        self.method = build_method(config, model_shape(model), values, retention)
         self.cache: RaggedCache | None = None
         self._seen: weakref.WeakSet[RaggedCache] = weakref.WeakSet()
         self._signature = inspect.signature(model.forward)
         rest = [p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD]
         self._rest = rest[0] if rest else ""
         self._vision_ids = vision_ids(model)
+        check_vision(config.method, model)
         decoder = model.get_decoder()
         self._rotary_embedding: Any = getattr(decoder, "rotary_emb", None)
         forward = inspect.signature(getattr(self._rotary_embedding, "forward", len))
@@ -57,7 +59,9 @@ class CompressionSession:
     def new_cache(self, max_new_tokens: int | None = None) -> RaggedCache:
         """An empty cache for one batch, with room for `max_new_tokens` more tokens (128 when None, then it grows)."""
         stock = DynamicCache(config=self.model.config).layers
-        self.cache = RaggedCache(self.method, max_new_tokens, stock, shares_keys(self.model))
+        self.cache = RaggedCache(
+            self.method, max_new_tokens, stock, shares_keys(self.model), chunked_layers(self.model.config)
+        )
         self.cache.rotary = self._rotary if self._rotary_embedding is not None else None
         return self.cache
 
@@ -104,14 +108,22 @@ class CompressionSession:
         kind = {"layer_type": "full_attention"} if self._rotary_by_layer_type else {}
         return embedding(torch.zeros(1, dtype=torch.float32, device=positions.device), positions, **kind)
 
+    def after_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], turn: Any) -> None:
+        """Forward hook of the rotary embedding: the prompt under way learns how its queries are turned, and where."""
+        step = self.cache.step if self.cache is not None else None
+        if step is None or step.prompt.turn is not None or (step.tokens == 1 and not step.compress):
+            return  # nothing is chosen in this pass, or a scorer asks for positions to come
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        if given.get("layer_type") in (None, "full_attention"):
+            step.prompt.turn, step.prompt.position = turn, given["position_ids"][..., -1]
+
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: every pass runs on a RaggedCache that knows which of the new columns are padding."""
         if OLD_CACHE_NAME in kwargs and CACHE_NAME not in kwargs:
             kwargs = {CACHE_NAME if key == OLD_CACHE_NAME else key: value for key, value in kwargs.items()}
         cache, ids = kwargs.get(CACHE_NAME), kwargs.get("input_ids")
         if ids is not None and ids.shape[1] == 1 and isinstance(cache, RaggedCache) and cache is self.cache:
-            known = cache.get_seq_length() and cache.method is self.method and kwargs.get("use_cache", True)
-            if known and not (cache.windowed and cache.padded):
+            if cache.seen and cache.method is self.method and kwargs.get("use_cache", True):
                 cache.begin(1, ids.shape[0], None, ids.device)  # a decode step: nothing to look up
                 return args, kwargs
         given = self._signature.bind_partial(*args, **kwargs).arguments
@@ -135,12 +147,12 @@ class CompressionSession:
         inputs = given["inputs_embeds"] if given.get("inputs_embeds") is not None else given.get("input_ids")
         if inputs is None:
             raise ValueError("The forward pass has neither input_ids nor inputs_embeds.")
-        if cache.windowed and cache.padded and given.get("attention_mask") is None:
-            raise ValueError(
-                f"{type(self.model).__name__} has layers with windows, which need attention_mask in every pass over a "
-                "padded batch; pass that of the tokens so far."
-            )
         known = self._vision_ids and given.get("input_ids") is not None
+        if self._vision_ids and not known and self.method.parts.reads_vision and not cache.get_seq_length():
+            raise ValueError(
+                f"method={self.config.method!r} tells image tokens apart, which inputs_embeds do not show; pass "
+                "input_ids."
+            )
         vision = self._vision(given["input_ids"]) if known else None
         cache.begin(inputs.shape[1], inputs.shape[0], given.get("attention_mask"), inputs.device, vision)
         position = list(self._signature.parameters).index(CACHE_NAME)
@@ -160,7 +172,7 @@ def compress(
     Every prompt that goes through `model.generate` or `model(...)` is compressed layer by layer during its prefill.
 
     Args:
-        model: a transformers model whose attention follows the AttentionInterface.
+        model: a transformers model whose attention follows the AttentionInterface, or a PeftModel of one.
         config: the settings.
         head_scores: measured scores (or the path of their file) for `method="sparsemm"`.
 
@@ -172,10 +184,11 @@ def compress(
         ...     tokens = model.generate(**inputs, max_new_tokens=64)
         ...     print(session.cache.report()["kept_tokens"])
     """
+    model = _inside_adapters(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"compress() was given a {type(model).__name__}, which wraps a model or is none; pass the transformers "
-            "model itself (of a PeftModel `get_base_model()`, of a compiled or parallel wrapper the module inside)."
+            "model itself (of a compiled or parallel wrapper the module inside)."
         )
     check_architecture(model.config, type(model).__name__)
     text = model.config.get_text_config(decoder=True)
@@ -185,9 +198,11 @@ def compress(
     scores = HeadScores.load(head_scores) if isinstance(head_scores, str) else head_scores
     session = CompressionSession(model, config, scores)
     key = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)
-    name = register(before, has_windows(DynamicCache(config=model.config).layers))
+    name = register(before)
     model.set_attn_implementation({key: name} if key else name)
-    hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
+    hooks = [model.register_forward_pre_hook(session.before_forward, with_kwargs=True)]
+    if session.method.scorer is not None and session.method.scorer.reads_turn and session._rotary_embedding is not None:
+        hooks.append(session._rotary_embedding.register_forward_hook(session.after_rotary, with_kwargs=True))
     prepare: Any = model._prepare_cache_for_generation
     model._prepare_cache_for_generation = partial(_prepare_cache, prepare)  # type: ignore[assignment]
     try:
@@ -197,9 +212,33 @@ def compress(
     finally:
         for cache in session._seen:
             cache.close()
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         del model._prepare_cache_for_generation
         model.set_attn_implementation({key: before} if key else before)
+
+
+def _inside_adapters(model: Any) -> Any:
+    """The transformers model inside a PeftModel, of which adapters are layers; any other model as it is.
+
+    Raises:
+        ValueError: for adapters that are no layers, and for a peft that calls the model past its hooks.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return model
+    adapter = model.active_peft_config
+    if adapter.is_prompt_learning or adapter.is_adaption_prompt:
+        raise ValueError(
+            f"compress() was given a {adapter.peft_type.value} model, whose prefix is in the cache but in no prompt; "
+            "use an adapter of layers, for example LoRA."
+        )
+    if tuple(map(int, peft.__version__.split(".")[:2])) < PEFT:
+        raise ValueError(
+            f"compress() was given a PeftModel of peft {peft.__version__}, which calls the model past its hooks; "
+            f"install peft>={PEFT[0]}.{PEFT[1]}, or pass model.merge_and_unload()."
+        )
+    return model.get_base_model()
 
 
 def _prepare_cache(stock: Callable[..., None], generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
@@ -219,6 +258,22 @@ def vision_ids(model: PreTrainedModel) -> list[int]:
     names = (f"{kind}_token_{end}" for kind in ("image", "video") for end in ("id", "index"))
     found = (getattr(model.config, name, None) for name in names)
     return sorted({value for value in found if isinstance(value, int)})
+
+
+def check_vision(method: str, model: PreTrainedModel) -> None:
+    """Refuse a method that tells image tokens apart on a model whose configuration does not name them.
+
+    A model of text alone has none, and each of its prompts is one without images.
+
+    Raises:
+        ValueError: if they are not known.
+    """
+    reads_images = model.config.get_text_config(decoder=True) is not model.config
+    if find_method(method).reads_vision and reads_images and not vision_ids(model):
+        raise ValueError(
+            f"method={method!r} tells image tokens apart, but the configuration of {type(model).__name__} names no "
+            "image_token_id; use a method that does not, for example snapkv."
+        )
 
 
 def attention_shape(config: Any) -> Model:
@@ -252,7 +307,14 @@ def shares_keys(model: PreTrainedModel) -> bool:
     return "reuse" in (getattr(model.config.get_text_config(decoder=True), "kv_sharing_modes", None) or ())
 
 
-def _score_values(config: CompressionConfig, head_scores: HeadScores | None, model_type: str) -> np.ndarray | None:
+def chunked_layers(config: Any) -> set[int]:
+    """Layers with chunks, for which transformers has the cache of sliding windows."""
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    return {i for i, kind in enumerate(kinds) if kind == "chunked_attention"}
+
+
+def _scores(config: CompressionConfig, head_scores: HeadScores | None, model_type: str) -> HeadScores | None:
+    """The head scores, where the method needs them."""
     if find_method(config.method).needs_head_scores:
         if head_scores is None:
             raise ValueError(
@@ -265,7 +327,7 @@ def _score_values(config: CompressionConfig, head_scores: HeadScores | None, mod
                 f"head_scores were found on a {there} model, and this is a {model_type} one; make scores for it with "
                 "`sparsemm-lmms chase`, or pass HeadScores(head_scores.values) to use these all the same."
             )
-        return head_scores.values
+        return head_scores
     return None
 
 

@@ -6,16 +6,29 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from sparsemm_lmms.json_files import read_json
+
 LARGEST = 2**63 - 1
 """The largest whole number that a setting may be: what random generators and tensors take."""
 
-_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+Table = str | tuple[tuple[float, ...], ...]
+"""A setting of numbers `[layers, kv_heads]`, or a word that stands for having none; one row serves every layer."""
+
+_TABLE_FILE = "give a JSON file of rows of numbers [layers, kv_heads], or of lists under the keys layer-head-key"
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a word",
+    "Table": "a table of numbers [layers, kv_heads] or its JSON file",
+}
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -24,13 +37,14 @@ class Setting:
     """One declared setting.
 
     Attributes:
-        name, kind, default: of the field; `kind` is `int`, `float`, `bool` or `str`.
+        name, kind, default: of the field; `kind` is `int`, `float`, `bool`, `str` or `Table`.
         help: what it means.
-        word: how a name of VLMEvalKit writes a number: before it (`k7`); None for not at all.
+        word: how a name of VLMEvalKit writes a number: before it (`k7`); None for not at all: names refuse a table.
         words: words of such names that stand for values (`maxpool`).
         low, high: bounds of a number, both included.
         choices: what a word may be.
         odd: whether a number must be odd.
+        paper: (name, arXiv id) of what a user cites beside the rest where the value is not the default.
         shared: accepted by all methods, so that one line of arguments can run through them; else by those that use it.
     """
 
@@ -45,6 +59,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     odd: bool = False
     shared: bool = False
+    paper: tuple[str, str] | None = None
 
     def checked(self, value: Any) -> Any:
         """`value`, perhaps the string of a command line, as this setting's type.
@@ -52,6 +67,8 @@ class Setting:
         Raises:
             ValueError: one sentence naming the setting, the value and what is accepted.
         """
+        if self.kind == "Table" and isinstance(value, str) and value == self.default:
+            return value
         found = parse_value(self.name, value, self.kind)
         if self.choices and found not in self.choices:
             raise ValueError(unknown_name(self.name, found, self.choices))
@@ -86,7 +103,7 @@ def declared(owner: type) -> dict[str, Setting]:
 
 
 def parse_value(name: str, value: Any, kind: str) -> Any:
-    """Convert `value` to the type named by `kind` (`int`, `float`, `bool`, `str`) or say in one sentence why not."""
+    """Convert `value` to the type named by `kind` (one of `Setting.kind`) or say in one sentence why not."""
     if kind == "bool":
         if isinstance(value, bool):
             return value
@@ -107,7 +124,40 @@ def parse_value(name: str, value: Any, kind: str) -> Any:
             return number
     elif kind == "str" and isinstance(value, str):
         return value
+    elif kind == "Table":
+        rows = _rows(_read_table(name, value) if isinstance(value, (str, os.PathLike)) else value)
+        if rows is not None:
+            return rows
     raise ValueError(f"{name}={shown(value)} is not {_WANTED[kind]}.")
+
+
+def _read_table(name: str, path: str | os.PathLike[str]) -> Any:
+    """Rows of a JSON file: lists, or (as MixKV's) numbers under `layer-head-key`, of which the mean."""
+    found = read_json(path, f"Table {name}", _TABLE_FILE)
+    if not isinstance(found, dict):
+        return found
+    matches = {re.fullmatch(r"(\d{1,4})-(\d{1,4})-key", key): numbers for key, numbers in found.items()}
+    cells = {(int(m[1]), int(m[2])): numbers for m, numbers in matches.items() if m}
+    shape = [max(place) + 1 for place in zip(*cells, strict=True)]
+    if not cells or len(cells) != math.prod(shape) or any(_rows(numbers) is None for numbers in cells.values()):
+        raise ValueError(
+            f"Table {name} {os.fspath(path)} does not have numbers for every layer and head; {_TABLE_FILE}."
+        )
+    return [[sum(cells[i, j]) / len(cells[i, j]) for j in range(shape[1])] for i in range(shape[0])]
+
+
+def _rows(value: Any) -> tuple[tuple[float, ...], ...] | None:
+    """Nested sequences, an array or a tensor as rows of floats, or None where it is no table."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    rows = value if all(isinstance(row, (list, tuple)) for row in value) else [value]
+    numbers = [tuple(_real(x) if isinstance(x, (int, float)) else None for x in row) for row in rows]
+    if not numbers[0] or len({len(row) for row in numbers}) > 1:
+        return None
+    if any(x is None or not math.isfinite(x) for row in numbers for x in row):
+        return None
+    return tuple(numbers)  # type: ignore[arg-type]
 
 
 def _whole(value: Any) -> int | None:

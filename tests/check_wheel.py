@@ -22,6 +22,8 @@ WANTED = (
     "sparsemm_lmms/demo/models/llava_next/head_scores.json",
     "sparsemm_lmms/demo/models/qwen2_vl/model.safetensors",
     "sparsemm_lmms/demo/models/qwen2_vl/head_scores.json",
+    "sparsemm_lmms/demo/models/internvl/model.safetensors",
+    "sparsemm_lmms/demo/models/internvl/head_scores.json",
 )
 MAX_DEMO_BYTES = 20_000_000
 

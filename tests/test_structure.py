@@ -14,11 +14,12 @@ ROOT = Path(sparsemm_lmms.__file__).resolve().parent
 FOLDERS = {"sparsemm_lmms": ROOT, **_source_tree.FOLDERS}
 ROOMS = [  # from the ground up: a module imports from its own room and from those before it
     {"_version", "_source_tree", "settings", "failures", "json_files", "source_commit", "step_clock"},
-    {"presets", "families", "kernels", "cpu_kernels", "budgets", "head_scores", "head_statistics"},
+    {"presets", "families", "kernels", "cpu_kernels", "budgets", "head_scores", "head_statistics", "retention"},
     {"scorers"},
     {"allocators"},
     {"registry", "methods", "config"},
     {"selection", "handoff"},
+    {"sliding"},
     {"cache"},
     {"attention", "decode_graph"},
     {"decode", "session", ""},
@@ -28,7 +29,7 @@ ROOMS = [  # from the ground up: a module imports from its own room and from tho
     {"reports", "bench", "task_overrides"},
     {"model_wrappers"},
     {"model_wrappers.lmms_eval", "model_wrappers.vlmevalkit"},
-    {"model_wrappers.sweeps"},
+    {"model_wrappers.sweeps", "model_wrappers.matrix"},
     {"__main__"},
 ]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from datasets.exceptions import DatasetNotFoundError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -59,7 +60,7 @@ def rerun(
     ] = None,
     trust: Annotated[
         bool,
-        typer.Option("--trust", help="Load the task files, local checkpoint and remote code that the record names."),
+        typer.Option("--trust", help="Load the task files, local checkpoint, adapter and remote code of the record."),
     ] = False,
 ) -> None:
     """Repeat a run from its record and say whether the metrics are equal (exit status 1 if not)."""
@@ -108,8 +109,9 @@ def repeated(results: Path, recorded: Any, trust: bool) -> dict[str, Any]:
     if recorded.get("include_path"):
         files.append(f"include_path={recorded['include_path']}")
         taken["include_path"] = recorded["include_path"]
-    if Path(given.get("pretrained", "")).exists() and given.get("pretrained"):
-        files.append(f"pretrained={given['pretrained']}")
+    for name in ("pretrained", "peft"):
+        if name in given and Path(given[name]).exists():
+            files.append(f"{name}={given[name]}")
     if given.get("trust_remote_code", "false").lower() not in ("false", "0", "no"):
         files.append(f"trust_remote_code={given['trust_remote_code']}")
     if files and not trust:
@@ -197,7 +199,19 @@ def _raise(error: Exception, tasks: list[str]) -> None:
     if missing:
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"Unknown task {missing[1]!r} in --tasks; `lmms-eval tasks list` prints all.{hint}")
-    raise cause(error)
+    raise _without_data(cause(error))
+
+
+def _without_data(error: BaseException) -> BaseException:
+    """The error; where a task's documents could be found nowhere, with what brings them."""
+    name = re.search(r"'([\w.-]+/[\w.-]+)'", str(error))
+    if name is None or not isinstance(error, (ConnectionError, DatasetNotFoundError)):
+        return error
+    return FileNotFoundError(
+        f"The task's data set {name[1]} is neither in this folder nor in the cache, and cannot be downloaded "
+        f"({str(error).rstrip('.')}); bring it from elsewhere (`hf download {name[1]} --repo-type dataset --local-dir "
+        f"{name[1]}`) and run in the folder that holds {name[1]}."
+    )
 
 
 def metrics(results: dict[str, Any]) -> dict[tuple[str, str], float]:

@@ -29,7 +29,7 @@ from sparsemm_lmms.model_wrappers.lmms_eval.manifest import CLASSES, FOUND
 from sparsemm_lmms.model_wrappers.lmms_eval.patches import install
 from sparsemm_lmms.model_wrappers.lmms_eval.statistics import CacheTokenCounts, RunStatistics
 from sparsemm_lmms.model_wrappers.loading import Checkpoint, resolve_device
-from sparsemm_lmms.model_wrappers.media import FrameSampling
+from sparsemm_lmms.model_wrappers.media import sampling_of
 from sparsemm_lmms.model_wrappers.memory import MemoryGuard
 from sparsemm_lmms.model_wrappers.rounds import converse
 from sparsemm_lmms.session import CompressionSession, compress
@@ -69,8 +69,9 @@ class CompressedChatModel(CompressedModel, lmms):
             self.system_prompt,
             self.family.lmms_eval.strip_answers,
             options.compress_before_question,
-            FrameSampling(options.max_num_frames, options.fps),
+            sampling_of(self.family, options, checkpoint.processor),
             options.cuda_graph,
+            options.enable_thinking,
         )
         self._announce(model_args)
 
@@ -125,8 +126,9 @@ class CompressedChatModel(CompressedModel, lmms):
                 with host_requests.naming([requests[i]]):
                     return engine.size(prompt)
 
+            rows = engine.at_once(session, self.batch_size)
             for group in host_requests.by_settings(requests):
-                for picked in host_requests.by_size(group, load, size, self.batch_size):
+                for picked in host_requests.by_size(group, load, size, rows):
                     guard(picked, answer)
                     bar.update(len(picked))
             results |= {i: GenerationResult("") for i in guard.skipped}
@@ -162,7 +164,8 @@ class CompressedChatModel(CompressedModel, lmms):
                     return engine.size(document.prompt)
 
             members = {group[0]: group for group in groups}
-            for picked in host_requests.by_size(list(members), load, size, self.batch_size):
+            rows = engine.at_once(session, self.batch_size, likelihood=True)
+            for picked in host_requests.by_size(list(members), load, size, rows):
                 guard(picked, answer)
                 bar.update(sum(len(members[first]) for first, _ in picked))
         return [results[i] for i in range(len(requests))]

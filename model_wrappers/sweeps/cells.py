@@ -1,7 +1,8 @@
 """What a sweep runs: cells (a model, a method, a budget), their names, and the ablations of the SparseMM paper.
 
-Methods are those of the package, and controls, which are SparseMM with other head scores: `permuted`, `layer_mean` and
-`uniform`. `random#3`, `permuted#3` and `mask_random#3` are further draws: the seed of the sweep plus 3.
+Methods are those of the package, pairs `SCORER+ALLOCATOR`, and controls, which are a method with other head scores:
+`METHOD@permuted`, `@layer_mean`, `@uniform` and `@random`; those of SparseMM are called `permuted` and so on.
+`random#3`, `permuted#3` and `mask_random#3` are further draws: the seed of the sweep plus 3.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparsemm_lmms.families import FAMILIES, Family
+from sparsemm_lmms.families import ANY, FAMILIES, Family
 from sparsemm_lmms.head_scores import HeadScores
-from sparsemm_lmms.methods import find_method
+from sparsemm_lmms.methods import METHODS, find_method
+from sparsemm_lmms.model_wrappers.adapters import adapter_sha256
 from sparsemm_lmms.model_wrappers.arguments import (
     DEMO,
     RunOptions,
@@ -22,12 +25,13 @@ from sparsemm_lmms.model_wrappers.arguments import (
     known_settings,
     split_arguments,
 )
-from sparsemm_lmms.presets import FREE, FREE_PARTS, METHODS
+from sparsemm_lmms.model_wrappers.compressed import check_head_scores
+from sparsemm_lmms.model_wrappers.loading import find_family
+from sparsemm_lmms.presets import FREE, FREE_PARTS
+from sparsemm_lmms.reports.names import SHORT, WORDS, RowName, normal_name, split_name
 from sparsemm_lmms.settings import unknown_name
-from sparsemm_lmms.visual_heads.resolve import WORDS
+from sparsemm_lmms.visual_heads.resolve import WORDS as SPECIFICATIONS
 
-CONTROLS = ("permuted", "layer_mean", "uniform")
-DRAWN = ("random", "permuted", "mask_random")
 DEFAULT_METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "local_window", "random")
 BUDGETS = (2048, 1024, 512, 256, 128, 64)
 DEMO_BUDGETS = (768, 256, 160, 96, 64, 48)  # of prompts of about 600 tokens; 768 covers them all
@@ -43,16 +47,17 @@ class SweptModel:
     """A checkpoint and what all its cells have in common.
 
     Attributes:
-        family: its name.
+        family: its name, or `vlm` for that of the checkpoint, whichever it is.
         arguments: of `--model_args`; a cell gets those that its method knows.
     """
 
     family: str
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def host(self) -> Family:
-        return FAMILIES[self.family]
+        """The family; reads the checkpoint's config where only that tells."""
+        return find_family(f"{ANY}_fullkv", self.arguments) if self.family == ANY else FAMILIES[self.family]
 
     @property
     def options(self) -> RunOptions:
@@ -65,15 +70,17 @@ class SweptModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What all cells of this model in one folder must have in common; of a score file, what is in it.
+        """What all cells of this model in one folder must have in common; of a score file or adapter, what is in it.
 
         Raises:
-            FileNotFoundError, ValueError: for head scores that cannot be read.
+            FileNotFoundError, ValueError: for head scores or an adapter that cannot be read.
         """
         scores = str(self.arguments.get("head_scores", "auto"))
         word, _, rest = scores.partition(":")
-        file = rest if word in WORDS else scores
+        file = rest if word in SPECIFICATIONS else scores
         content = {"head_scores_sha256": HeadScores.load(file).content_hash} if file else {}
+        if self.options.peft is not None:
+            content["peft_sha256"] = adapter_sha256(self.options.peft)
         return {"family": self.family, "model_args": self.arguments, **content}
 
     @property
@@ -88,7 +95,7 @@ class Cell:
     """One model, method and budget.
 
     Attributes:
-        method: as tables show it: a method (or `SCORER+ALLOCATOR`), a control, or a draw of one (`random#3`).
+        method: as tables show it: a method (or `SCORER+ALLOCATOR`), a control of one, or a draw (`random#3`).
         budget: tokens per kv head, or None where nothing is evicted.
         variant: settings that an ablation changes.
     """
@@ -106,31 +113,36 @@ class Cell:
         return "__".join(re.sub(r"[^\w.-]+", "_", part) for part in parts)
 
     @property
+    def row(self) -> RowName:
+        """Its method taken apart."""
+        return split_name(self.method)
+
+    @property
     def registered_method(self) -> str:
         """The method of the package that runs it."""
-        base = self.method.partition("#")[0]
-        return "sparsemm" if base in CONTROLS else base
+        return self.row.method
 
     @property
     def registered_name(self) -> str:
         """The method in the name of its model in lmms-eval."""
-        return FREE if "+" in self.method else self.registered_method
+        return FREE if "+" in self.registered_method else self.registered_method
 
     def arguments(self, seed: int, batch_size: int) -> dict[str, Any]:
         """All arguments of its model."""
-        base, _, draw = self.method.partition("#")
-        known = known_run_options(self.model.host, self.registered_method) | known_settings(self.registered_method)
+        row = self.row
+        known = known_run_options(self.model.host, row.method) | known_settings(row.method)
         given = {name: value for name, value in self.model.arguments.items() if name in known}
         given |= {"batch_size": batch_size, **self.variant}
         if self.budget is not None:
             given["budget"] = self.budget
-        if base in DRAWN:
-            given["seed"] = seed + int(draw or 0)
+        if row.is_drawn:
+            given["seed"] = seed + int(row.draw or 0)
         if self.registered_name == FREE:
-            given |= dict(zip(FREE_PARTS, base.split("+"), strict=True))
-        if base in CONTROLS:
+            given |= dict(zip(FREE_PARTS, row.method.split("+"), strict=True))
+        if row.control:
             measured = given.get("head_scores", "auto")
-            given["head_scores"] = base if base == "uniform" or measured == "auto" else f"{base}:{measured}"
+            made = row.control in ("random", "uniform")  # of nothing measured
+            given["head_scores"] = row.control if made or measured == "auto" else f"{row.control}:{measured}"
         return given
 
 
@@ -188,7 +200,8 @@ def check(cells: Sequence[Cell]) -> None:
             if name not in known:
                 raise ValueError(unknown_name(f"argument in --model_args for {model.family}", name, sorted(known)))
         for cell in own:
-            split_arguments(model.host, cell.registered_name, cell.arguments(seed=0, batch_size=1))
+            arguments = cell.arguments(seed=0, batch_size=1)
+            check_head_scores(model.host, *split_arguments(model.host, cell.registered_name, arguments))
 
 
 def parse_methods(text: str) -> list[str]:
@@ -197,15 +210,23 @@ def parse_methods(text: str) -> list[str]:
     >>> parse_methods("sparsemm, random#2")
     ['sparsemm', 'random#2']
     """
-    names = words(text)
+    names = list(dict.fromkeys(map(normal_name, words(text))))
     for name in names:
-        base, mark, draw = name.partition("#")
-        if "+" in base:
-            find_method(base)
-        elif base not in METHODS and base not in CONTROLS:
-            raise ValueError(unknown_name("method", base, (*METHODS, *CONTROLS)))
-        if mark and (base not in DRAWN or not draw.isdecimal()):
-            raise ValueError(f"--methods {name}: draws are whole numbers of {', '.join(DRAWN)}, for example random#3.")
+        row, mark = split_name(name), "#" in name
+        if "+" not in row.method and row.method not in METHODS:
+            raise ValueError(unknown_name("method", row.method, (*METHODS, *SHORT)))
+        needs_scores = find_method(row.method).needs_head_scores
+        if "@" in name and not (row.control in WORDS and needs_scores):
+            able = [method for method, parts in METHODS.items() if parts.needs_head_scores]
+            raise ValueError(
+                f"--methods {name}: controls are METHOD@{', @'.join(WORDS)} of methods that read head scores, such as "
+                f"{', '.join(able)}."
+            )
+        if mark and not (row.is_drawn and row.draw.isdecimal()):
+            raise ValueError(
+                f"--methods {name}: draws are whole numbers of random, permuted, mask_random, METHOD@random or "
+                "METHOD@permuted, for example random#3."
+            )
     return names
 
 
@@ -221,8 +242,8 @@ def parse_families(text: str) -> list[str]:
     """Comma-separated families."""
     names = words(text)
     for name in names:
-        if name not in FAMILIES:
-            raise ValueError(unknown_name("--model", name, tuple(FAMILIES)))
+        if name not in (*FAMILIES, ANY):
+            raise ValueError(unknown_name("--model", name, (*FAMILIES, ANY)))
     return names
 
 

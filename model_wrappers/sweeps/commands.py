@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
-from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.families import ANY, FAMILIES
 
 if TYPE_CHECKING:
     from sparsemm_lmms.model_wrappers.sweeps.runner import Plan
@@ -29,14 +29,17 @@ DEFAULT_DEMO = DemoFamily(DEMO_FAMILIES[0])
 @app.command()
 def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the sweep; one with the same settings is continued.")],
-    model: Annotated[str, typer.Option(help=f"Comma-separated families: {', '.join(FAMILIES)}.")] = DEMO_FAMILIES[0],
+    model: Annotated[
+        str, typer.Option(help=f"Comma-separated families: {', '.join(FAMILIES)}; {ANY}: that of pretrained.")
+    ] = DEMO_FAMILIES[0],
     model_args: Annotated[
         str, typer.Option("--model_args", help="name=value,... for all cells: pretrained, dtype, ratio, ...")
     ] = "",
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated; also permuted, layer_mean, uniform, random#3, SCORER+ALLOCATOR. fullkv always runs."
+            help="Comma-separated; also SCORER+ALLOCATOR, permuted, layer_mean, uniform, random#3, and METHOD@permuted "
+            "of all that read head scores. fullkv always runs."
         ),
     ] = "",
     budgets: Annotated[str, typer.Option(help="Comma-separated tokens per kv head, the window included.")] = "",

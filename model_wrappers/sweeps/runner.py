@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from lmms_eval import __main__ as host
@@ -30,7 +31,6 @@ from loguru import logger
 
 from sparsemm_lmms.cli import tasks_folder
 from sparsemm_lmms.model_wrappers.lmms_eval.commands import metrics
-from sparsemm_lmms.model_wrappers.lmms_eval.manifest import stock_id
 from sparsemm_lmms.model_wrappers.lmms_eval.patches import patched, replaced
 from sparsemm_lmms.model_wrappers.sweeps.cells import Cell, SweptModel
 from sparsemm_lmms.model_wrappers.sweeps.plan import Plan
@@ -155,7 +155,7 @@ class LoadedModel:
             "ERROR",
             include_path=folders,
             include_defaults=not only_ours,
-            model_name=stock_id(f"{model.family}_fullkv"),  # prompts of the stock model
+            model_name=model.host.lmms_eval.prompts_of,  # prompts of the stock model
         )
         self.tasks = load_tasks(plan.tasks, self.manager)
         self.checkpoint: Any = None
@@ -172,6 +172,7 @@ class LoadedModel:
         arguments = host_defaults()
         arguments.output_path = str(folder)
         for name, task in self.tasks.items():
+            load = OtherLoad()
             results = simple_evaluate(
                 self._host_model(cell),
                 tasks=[task],
@@ -183,7 +184,7 @@ class LoadedModel:
                 cli_args=arguments,
             )
             about = results[KEY]
-            statistics[name] = about["measured"]
+            statistics[name] = {**about["measured"], "other_cores": load.cores()}
             found = {metric: value for (of, metric), value in metrics(results).items() if of == name}
             values[name] = {metric.removesuffix(",none"): value for metric, value in found.items()}
             samples += read_samples(name, results["samples"][name])
@@ -194,6 +195,26 @@ class LoadedModel:
         arguments = cell.arguments(self.plan.seed, self.plan.batch_size)
         kind = get_model(f"{cell.model.family}_{cell.registered_name}")
         return kind(checkpoint=self.checkpoint, **arguments)
+
+
+class OtherLoad:
+    """How many cores other processes of this machine keep busy from now on: milliseconds of such a time tell little."""
+
+    def __init__(self) -> None:
+        self._start = self._seconds()
+
+    def cores(self) -> float:
+        """Mean since the start, 0 for none."""
+        wall, busy, own = (now - then for now, then in zip(self._seconds(), self._start, strict=True))
+        return max(0.0, (busy - own) / wall) if wall else 0.0
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """(wall, all cores busy, this process on a core)."""
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # are in user and nice as well
+        return time.perf_counter(), sum(times) - guests - idle, own.user + own.system
 
 
 def _record(

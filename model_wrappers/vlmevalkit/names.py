@@ -7,6 +7,7 @@ name contains `Qwen2-VL`, to which the host passes arguments of its own (hence `
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import re
@@ -16,31 +17,36 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm_lmms.config import CompressionConfig
-from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.families import FAMILIES, VLMEvalKit
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.methods import METHODS, all_settings, find_method
-from sparsemm_lmms.model_wrappers.arguments import known_settings, unused_settings
+from sparsemm_lmms.model_wrappers.adapters import adapter_sha256
+from sparsemm_lmms.model_wrappers.arguments import QUANTIZATIONS, known_settings, unused_settings
 from sparsemm_lmms.registry import allocator_names, scorer_names
 from sparsemm_lmms.settings import Setting, declared, parse_value, unknown_name
 
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint: its family, and the host's own name for it (None for the packaged demo models).
+    """A checkpoint: its family and how that stands in the host, the host's own name of the checkpoint, its repository.
 
+    Without name and repository it is the packaged demo model; without a repository that of the host's entry is used.
     `spread` models need several GPUs: accelerate's device map places them.
     """
 
     family: str
+    adapter: VLMEvalKit
     stock: str | None
+    repository: str | None
     spread: bool = False
 
 
 BASES = {
-    word: Base(name, stock, word in family.vlmevalkit.spread)
+    word: Base(name, adapter, stock, adapter.repositories.get(word), word in adapter.spread)
     for name, family in FAMILIES.items()
     if family.vlmevalkit is not None
-    for word, stock in family.vlmevalkit.checkpoints.items()
+    for adapter in family.vlmevalkit.adapters
+    for word, stock in adapter.checkpoints.items()
 }
 """First word of a name -> the checkpoint."""
 
@@ -61,6 +67,7 @@ RUN_FLAGS: dict[str, tuple[str, Any]] = {
     "fp16": ("dtype", "float16"),
     "eager": ("attn_implementation", "eager"),
     "fa2": ("attn_implementation", "flash_attention_2"),
+    **{word.replace("-", ""): ("quantization", word) for word in QUANTIZATIONS},
 }
 HOST_FLAGS: dict[str, tuple[str, Any]] = {
     "stockgen": ("generation", "stock"),
@@ -82,7 +89,7 @@ def vocabulary(method: str | None = None) -> tuple[dict[str, tuple[str, str]], d
     """
     shared = declared(CompressionConfig)
     own = find_method(method).settings if method else all_settings()
-    ordered = [*(shared[name] for name in ("budget", "window_size")), *own.values(), shared["seed"]]
+    ordered = [*(shared[name] for name in ("budget", "window_size", "max_cache")), *own.values(), shared["seed"]]
     numbers = {known.word: (known.name, known.kind) for known in ordered if known.word is not None}
     backend = shared.pop("kernel_backend")
     flags = _flags([*own.values(), *shared.values()]) | RUN_FLAGS | _flags([backend]) | HOST_FLAGS
@@ -127,7 +134,10 @@ def parse_name(name: str, score_files: Mapping[str, str]) -> tuple[Base, str, di
     """
     base, _, rest = name.partition("_")
     if base not in BASES:
-        raise ValueError(unknown_name("checkpoint", base, tuple(BASES)) + f" The model name was {name!r}.")
+        raise ValueError(
+            f"Unknown checkpoint {base!r} in model name {name!r}; `sparsemm-lmms vlmeval --list` prints those known."
+            + nearest(base, BASES)
+        )
     method = max((m for m in known_methods() if _starts_with_word(rest, m)), key=len, default=None)
     if method is None:
         raise ValueError(unknown_name("method", rest.partition("_")[0], tuple(METHODS)) + f" In model name {name!r}.")
@@ -144,6 +154,12 @@ def parse_name(name: str, score_files: Mapping[str, str]) -> tuple[Base, str, di
     return BASES[base], method, settings
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence: which known name was perhaps meant, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def name_suffix(method: str, settings: Mapping[str, Any]) -> str:
     """`<method>_b<budget>...`: the part of a name that tells `settings` (those that differ from the defaults).
 
@@ -153,7 +169,7 @@ def name_suffix(method: str, settings: Mapping[str, Any]) -> str:
     numbers, flags = vocabulary(method)
     words = [f"{word}{settings[name]}" for word, (name, _) in numbers.items() if settings.get(name) is not None]
     words += [word for word, (name, value) in flags.items() if name in settings and settings[name] == value]
-    tellable = {"head_scores", "system_prompt", *(name for name, _ in numbers.values())}
+    tellable = {"head_scores", "system_prompt", "peft", *(name for name, _ in numbers.values())}
     for name, value in settings.items():
         if value is not None and name not in tellable and (name, value) not in flags.values():
             raise ValueError(
@@ -161,7 +177,9 @@ def name_suffix(method: str, settings: Mapping[str, Any]) -> str:
             )
     if settings.get("head_scores") is not None:
         words.append(_scores_word(settings["head_scores"]))
-    if settings.get("system_prompt") is not None:  # a text: told by its hash, so only `--config` files can state it
+    if settings.get("peft") is not None:  # told by its hash as the next is, so only `--config` files can state them
+        words.append(f"peft-{adapter_sha256(settings['peft'])[:HASH_DIGITS]}")
+    if settings.get("system_prompt") is not None:
         words.append(f"sys-{hashlib.sha256(settings['system_prompt'].encode()).hexdigest()[:HASH_DIGITS]}")
     return "_".join([method, *words])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import sys
 import traceback
@@ -15,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from sparsemm_lmms.families import FAMILIES
-from sparsemm_lmms.model_wrappers.vlmevalkit.names import BASES, hash_scores, is_ours, parse_name
+from sparsemm_lmms.model_wrappers.vlmevalkit.listing import listing
+from sparsemm_lmms.model_wrappers.vlmevalkit.names import hash_scores, is_ours, nearest, parse_name
 
 INSTALL = (
     "VLMEvalKit is not installed here; in an environment of its own (its requirements clash with lmms-eval's) run "
@@ -39,15 +39,22 @@ def vlmeval(
     head_scores: Annotated[
         list[Path] | None, typer.Option(help="Score file that a name refers to by hs-<hash>; may be repeated.")
     ] = None,
+    names: Annotated[bool, typer.Option("--list", help="Print the names of our models and end.")] = False,
+    family: Annotated[str | None, typer.Option(help="With --list: those of this family only.")] = None,
 ) -> None:
-    """Run VLMEvalKit's run.py with our models among its own; all other arguments are run.py's.
+    """Run VLMEvalKit's run.py with our models among its own; all other arguments are run.py's. --list prints names.
 
     Models are named CHECKPOINT_METHOD_bBUDGET, then a word for each setting that is not the default, for example
     LLaVA-NeXT-Vicuna-7B_sparsemm_b64, Qwen2VL-7B-Instruct_snapkv_b128_w16 or LLaVA-NeXT-Demo_fullkv.
 
     Example: sparsemm-lmms vlmeval --data MMBench_DEV_EN --model LLaVA-NeXT-Vicuna-7B_sparsemm_b256 --reuse
     """
-    launch(context.args, run_py, head_scores or [])
+    if family is not None and not names:
+        raise ValueError(f"--family {family} chooses what --list prints; add --list, or leave it out.")
+    if names:
+        print(listing(family))
+    else:
+        launch(context.args, run_py, head_scores or [])
 
 
 def launch(arguments: list[str], run_py: Path | None = None, head_scores: Iterable[Path] = ()) -> None:
@@ -124,11 +131,9 @@ def add_models(names: list[str], config: Path | None, score_files: Mapping[str, 
     register([name for name in names if is_ours(name) and name not in supported_VLM], score_files)
     for name in names:
         if name not in supported_VLM:
-            nearest = difflib.get_close_matches(name, supported_VLM, n=1, cutoff=0.5)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(
                 f"Model {name!r} is neither one of this VLMEvalKit nor CHECKPOINT_METHOD_bBUDGET with a checkpoint of "
-                f"ours: {', '.join(BASES)}.{hint}"
+                f"ours (`sparsemm-lmms vlmeval --list`).{nearest(name, supported_VLM)}"
             )
 
 
@@ -145,13 +150,17 @@ def check_config(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"--config {path} does not exist.")
     models: dict[str, dict[str, Any]] = load(str(path)).get("model", {})
-    families = {family.vlmevalkit.name: name for name, family in FAMILIES.items() if family.vlmevalkit is not None}
+    families = {
+        adapter.name: name
+        for name, family in FAMILIES.items()
+        for adapter in (family.vlmevalkit.adapters if family.vlmevalkit else ())
+    }
     names = []
     for name, entry in models.items():
         given = dict(entry)
-        family = families.get(given.pop("class", ""))
-        if family is not None:
-            suffix = model_class(family).name_suffix(given.pop("method", "sparsemm"), given)
+        cls = given.pop("class", "")
+        if cls in families:
+            suffix = model_class(families[cls], cls).name_suffix(given.pop("method", "sparsemm"), given)
             if not name.endswith(f"_{suffix}"):
                 raise ValueError(
                     f"--config {path}: the model name {name!r} does not tell its settings, by which the host keeps "

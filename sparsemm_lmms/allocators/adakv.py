@@ -21,6 +21,7 @@ class AdaKV(Allocator):
     """Heads of one layer compete for `base * kv_heads` tokens; a floor protects the losers."""
 
     compares_heads = True
+    papers = (("AdaKV", "2407.11550"),)
 
     floor_ratio: float = setting(
         0.2, help="share of a head's budget that is not shared out inside the layer", word="f", low=0, high=1
@@ -51,7 +52,7 @@ class AdaKV(Allocator):
             mass = scores.clamp_min(0).sort(dim=-1, descending=True).values.double()
             share = mass[..., :base].sum(-1, keepdim=True) / mass.sum(-1, keepdim=True).clamp_min(1e-38)
             weighted = (scores * share.float()).masked_fill(scores == float("-inf"), float("-inf"))  # not 0 * -inf
-        # of equal scores the newer column is better, then the lower head: see `selection._best`
+        # of equal scores the newer column is better, then the lower head: see `scorers.base.best_first`
         newest_first = weighted.flip(-1).transpose(1, 2).flatten(1)
         best = newest_first.sort(dim=-1, descending=True, stable=True).indices[:, : base * heads] % heads
         return torch.zeros(scores.shape[:2], dtype=torch.int64, device=scores.device).scatter_add_(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from sparsemm_lmms.budgets import visual_shares
+from sparsemm_lmms.retention import Retention
 from sparsemm_lmms.scorers.base import LayerView
 
 
@@ -28,7 +29,8 @@ class LayerPrompt:
 
     Attributes:
         layer_idx: index of the layer.
-        scores: float32 `[batch, kv_heads, L]` for the L columns before the window, -inf in left padding.
+        scores: float32 `[batch, kv_heads, L]` for the L columns before the window, -inf in left padding: what the
+            scorer says that heads share by (`Scorer.shares`).
         lengths: prompt tokens of each sequence outside the window (`max(n - W, 0)`), on the host.
     """
 
@@ -47,6 +49,7 @@ class Shape:
         redistribute: whether to spend exactly `min(budget, prompt)` tokens per head on average.
         seed: for what is drawn.
         head_scores: float64 `[layers, q_heads]` of an allocator with `needs_head_scores`, else None.
+        retention: measured curves `[layers, kv_heads]` of an allocator with `needs_retention`, else None.
         memo: for what an allocator computes once.
     """
 
@@ -57,6 +60,7 @@ class Shape:
     redistribute: bool = False
     seed: int = 0
     head_scores: np.ndarray | None = None
+    retention: Retention | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -78,17 +82,23 @@ class Allocator:
     Attributes:
         compresses: whether anything is evicted at all.
         needs_head_scores: whether it reads measured scores of the heads.
+        needs_retention: whether it also reads the retention curves that were measured with them.
         draws: whether it draws with `seed`.
         compares_heads: whether it holds the scores of heads against each other.
+        reads_vision: whether it tells image tokens apart (`vision` of a view).
+        papers: (name, arXiv id) of what a user cites; nothing for none.
         cascades: whether it looks at a number of each layer, and shrinks the layers before it when a later one is
             known: it then has `observe` and `counts_so_far` in place of `counts`.
     """
 
     compresses = True
     needs_head_scores = False
+    needs_retention = False
     draws = False
     compares_heads = False
+    reads_vision = False
     cascades = False
+    papers: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def counts(self, shape: Shape, prompt: LayerPrompt) -> np.ndarray | Tensor:
         """Tokens that each head of the layer keeps outside the window.

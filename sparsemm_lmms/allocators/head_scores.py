@@ -19,6 +19,7 @@ class ByHeadScores(Allocator):
     """A uniform floor of `ratio`, the rest in proportion to the scores of the heads."""
 
     needs_head_scores = True
+    papers = (("SparseMM", "2506.05344"),)
 
     ratio: float = setting(
         0.1, help="share of `budget - window_size` that every head gets (rho of the paper)", word="r", low=0, high=1

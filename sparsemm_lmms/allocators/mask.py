@@ -26,6 +26,7 @@ class Mask(Everything):
     """Silence the `mask_ratio` best visual heads; nothing is evicted."""
 
     needs_head_scores = True
+    papers = (("SparseMM", "2506.05344"),)
 
     mask_ratio: float = setting(0.1, help="share of the model's query heads that is silenced", word="m", low=0, high=1)
 

@@ -17,6 +17,8 @@ from sparsemm_lmms.settings import setting
 class Pyramid(Allocator):
     """Every head of a layer keeps the same number; shallow layers keep more."""
 
+    papers = (("PyramidKV", "2406.02069"),)
+
     beta: int = setting(20, help="the shallowest share is `budget / beta`", word="beta", low=1)
 
     def of_sequence(self, shape: Shape, layer_idx: int, length: int) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -57,7 +57,7 @@ def one_call(function: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def in_turn(functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+def in_turn(functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Milliseconds of each function in every round; the order changes from round to round, so that none profits."""
     names = list(functions)
     for name in names:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from sparsemm_lmms import decode
 from sparsemm_lmms.bench.tensor_log import TensorLog
@@ -121,16 +122,34 @@ def generate(
 
 
 def kv_bytes(cache: Any, prompt: int, new_tokens: int) -> tuple[int, int, int]:
-    """Bytes allocated, used, and needed for what was kept with all new tokens; the last one is never fed back."""
+    """Bytes allocated, used, and needed for what was kept with all new tokens; the last one is never fed back.
+
+    Layers with a window or a state hold what they hold; the others grow with the tokens.
+    """
     if isinstance(cache, RaggedCache):
         report, layers = cache.report(), cache.full_layers
         row = 2 * layers[0].keys.shape[1] * layers[0].keys.element_size()
         kept = sum(int(layer.kept.sum()) + new_tokens * layer.kept.size for layer in layers)
-        return report["kv_bytes_allocated"], report["kv_bytes_used"], kept * row
-    allocated = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    columns = cache.layers[0].keys.shape[-2]
-    used = prompt + new_tokens - 1
-    return allocated, allocated * used // columns, allocated * (prompt + new_tokens) // columns
+        used = report["kv_bytes_used"]
+        return report["kv_bytes_allocated"], used, used + row * (kept - sum(int(x.length.sum()) for x in layers))
+    bytes_of: dict[Any, int] = {layer: sum(x.nbytes for x in _tensors(layer)) for layer in cache.layers}
+    kinds = (DynamicLayer, StaticLayer)
+    growing: list[Any] = [layer for layer in cache.layers if isinstance(layer, kinds) and not layer.is_sliding]
+    full, allocated = sum(bytes_of[layer] for layer in growing), sum(bytes_of.values())
+    row = full // growing[0].keys.shape[-2]
+    others = allocated - full
+    return allocated, others + row * (prompt + new_tokens - 1), others + row * (prompt + new_tokens)
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    """Keys, values and states of a layer of transformers' caches."""
+    states = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
+    held = [
+        getattr(layer, "keys", None),
+        getattr(layer, "values", None),
+        *(x for state in states for x in state.values()),
+    ]
+    return [x for x in held if isinstance(x, Tensor)]
 
 
 def compression_seconds(model: Any, inputs: dict[str, Tensor], variant: Variant, budget: int) -> float:

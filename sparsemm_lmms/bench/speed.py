@@ -101,10 +101,11 @@ def compression(
     dtype: Dtype = "",
     output: Output = None,
 ) -> None:
-    """One layer's compression beside the way of the published research code, in one run."""
-    from sparsemm_lmms.bench.compression import measure
+    """One layer's compression beside the way of the published research code, and every scorer's beside SnapKV's."""
+    from sparsemm_lmms.bench import compression, scorers
 
-    measure(heads, context, head_dim, budget, repeats, device, _dtype(dtype), output)
+    for part in (compression, scorers):
+        part.measure(heads, context, head_dim, budget, repeats, device, _dtype(dtype), output)
 
 
 def memory(

@@ -2,7 +2,7 @@
 
 from importlib.resources import files
 
-FAMILIES = ("llava_next", "qwen2_vl")
+FAMILIES = ("llava_next", "qwen2_vl", "internvl")
 
 
 def model_path(family: str) -> str:

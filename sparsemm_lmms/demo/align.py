@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsemm_lmms.demo.architecture import TILE
+from sparsemm_lmms.demo.architecture import SQUARE, TILE
 from sparsemm_lmms.demo.glyphs import CELL
 from sparsemm_lmms.demo.packing import NEWLINE, OVERVIEW, image_items
 from sparsemm_lmms.demo.pages import FORMS, GRIDS, SYMBOLS, sample_page
@@ -37,7 +37,7 @@ def symbolic_features(model: nn.Module, tokenizer, family: str, cells: list[np.n
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def random_tiles(rng: np.random.Generator, count: int, side: int = TILE) -> tuple[np.ndarray, np.ndarray]:
+def random_tiles(rng: np.random.Generator, count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Grey tiles, uint8 [count, side * CELL, side * CELL], and their symbols [count, side, side].
 
     Each tile has its own font, contrast and share of blank cells.
@@ -57,12 +57,16 @@ def blacken(rng: np.random.Generator, tiles: np.ndarray, cells: np.ndarray, shar
 
 
 def overviews(rng: np.random.Generator, processor, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """LLaVA-NeXT's overview tiles of random pages, too small to read: every cell shall look blank."""
+    """Overviews of random pages as the tower sees them, too small to read: every cell shall look blank."""
     pages = [sample_page(rng, FORMS[i % len(FORMS)], *GRIDS[int(rng.integers(len(GRIDS)))]) for i in range(count)]
     images = [np.repeat(render(rng, page.cells)[..., None], 3, -1) for page in pages]
-    pixels = processor.image_processor(images=images, return_tensors="np")["pixel_values"][:, 0, 0]
+    inputs = processor.image_processor(images=images, return_tensors="np")
+    if "num_patches" in inputs:  # InternVL: one row of tiles, the overview after the image's own
+        pixels, side = inputs["pixel_values"][np.cumsum(inputs["num_patches"]) - 1, 0], SQUARE
+    else:
+        pixels, side = inputs["pixel_values"][:, 0, 0], TILE
     grey = np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
-    return grey, np.zeros((count, TILE, TILE), np.int64)
+    return grey, np.zeros((count, side, side), np.int64)
 
 
 def tile_features(model: nn.Module, tiles: np.ndarray) -> Tensor:
@@ -73,6 +77,8 @@ def tile_features(model: nn.Module, tiles: np.ndarray) -> Tensor:
     if model.config.model_type == "llava_next":
         out = model.model.vision_tower(pixels[:, None].expand(-1, 3, -1, -1), output_hidden_states=True)
         return model.model.multi_modal_projector(out.hidden_states[model.config.vision_feature_layer][:, 1:])
+    if model.config.model_type == "internvl":
+        return model.model.get_image_features(pixels[:, None].expand(-1, 3, -1, -1)).pooler_output
     config = model.config.vision_config
     patch, merge = config.patch_size, config.spatial_merge_size
     cells = side // (patch * merge)

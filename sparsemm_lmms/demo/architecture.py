@@ -1,17 +1,24 @@
-"""Configurations of the two demo models and their processors: the ordinary transformers classes, only small."""
+"""Configurations of the demo models and their processors: the ordinary transformers classes, only small."""
 
 import torch
 from transformers import (
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
 )
+from transformers.models.got_ocr2 import GotOcr2ImageProcessor
+from transformers.models.internvl import InternVLVideoProcessor
 from transformers.models.llava_next import LlavaNextImageProcessor
 from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
@@ -19,6 +26,7 @@ from sparsemm_lmms.demo.glyphs import CELL
 from sparsemm_lmms.demo.vocabulary import build_tokenizer
 
 TILE = 8  # cells a side of one any-resolution tile of LLaVA-NeXT
+SQUARE, SQUARES = 4, 36  # cells a side of one tile of InternVL, most tiles an image
 PINPOINTS = [[336, 336], [224, 336], [336, 224]]
 MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
 SYSTEM = "You are a helpful assistant."
@@ -38,6 +46,13 @@ QWEN_TEMPLATE = (
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
     "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INTERNVL_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -89,12 +104,30 @@ def qwen2_vl_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     )  # fmt: skip
 
 
+def internvl_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
+    vision = InternVLVisionConfig(
+        hidden_size=96, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4, image_size=SQUARE * CELL,
+        patch_size=CELL // 2, initializer_range=0.04,
+    )  # fmt: skip
+    text = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=10, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=32, max_position_embeddings=4096, initializer_range=0.05,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **_ids(tokenizer),
+    )  # fmt: skip
+    return InternVLConfig(
+        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=SQUARE * SQUARE, downsample_ratio=0.5, tie_word_embeddings=True, **_ids(tokenizer),
+    )  # fmt: skip
+
+
 def build_model(family: str, seed: int = 0) -> torch.nn.Module:
     """A freshly initialised model of `family`."""
     tokenizer = build_tokenizer(family)
     torch.manual_seed(seed)
     if family == "llava_next":
         model = LlavaNextForConditionalGeneration(llava_next_config(tokenizer))
+    elif family == "internvl":
+        model = InternVLForConditionalGeneration(internvl_config(tokenizer))
     else:
         model = Qwen2VLForConditionalGeneration(qwen2_vl_config(tokenizer))
     for key, value in _ids(tokenizer).items():
@@ -103,7 +136,7 @@ def build_model(family: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def build_processor(family: str) -> LlavaNextProcessor | Qwen2VLProcessor:
+def build_processor(family: str) -> LlavaNextProcessor | Qwen2VLProcessor | InternVLProcessor:
     """Image processor, tokenizer and chat template of `family`."""
     tokenizer = build_tokenizer(family)
     norm = {"image_mean": MEAN, "image_std": STD}
@@ -117,6 +150,13 @@ def build_processor(family: str) -> LlavaNextProcessor | Qwen2VLProcessor:
             images, tokenizer, patch_size=CELL, vision_feature_select_strategy="default",
             num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE,
         )  # fmt: skip
+    if family == "internvl":
+        size = {"height": SQUARE * CELL, "width": SQUARE * CELL}
+        images = GotOcr2ImageProcessor(size=size, crop_to_patches=True, max_patches=SQUARES, **norm)
+        videos = InternVLVideoProcessor(size=size, **norm)
+        return InternVLProcessor(
+            images, tokenizer, videos, image_seq_length=SQUARE * SQUARE, chat_template=INTERNVL_TEMPLATE
+        )
     patches = {"patch_size": CELL // 2, "merge_size": 2, "temporal_patch_size": 2}
     limits = {"min_pixels": 4 * CELL * CELL, "max_pixels": 1024 * CELL * CELL}
     images = Qwen2VLImageProcessor(**patches, **limits, **norm)

@@ -60,8 +60,10 @@ AttentionInterface.register(ATTENTION, packed_attention)
 def image_features(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The model's own image features of one image each, right-padded: [B, N, D]."""
     names = ("pixel_values", "image_sizes", "image_grid_thw")
-    pixels = {name: inputs[name] for name in names if name in inputs}
-    return nn.utils.rnn.pad_sequence(list(model.get_image_features(**pixels).pooler_output), batch_first=True)
+    features = model.get_image_features(**{name: inputs[name] for name in names if name in inputs}).pooler_output
+    if "num_patches" in inputs:  # InternVL: [tiles, N, D]
+        features = [tiles.flatten(0, 1) for tiles in features.split([int(n) for n in inputs["num_patches"]])]
+    return nn.utils.rnn.pad_sequence(list(features), batch_first=True)
 
 
 def embed(model: nn.Module, batch: dict[str, Tensor], features: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor], layout: Layout, embedding
     The text model must run with the attention ATTENTION.
     """
     positions = batch["positions"]
-    if model.config.model_type == "llava_next":
+    if model.config.model_type != "qwen2_vl":
         positions = positions[0]
     hidden = model.model.language_model(
         inputs_embeds=embeddings, position_ids=positions, use_cache=False, layout=layout, valid=batch["valid"]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsemm_lmms.demo.architecture import SYSTEM, TILE
+from sparsemm_lmms.demo.architecture import SQUARE, SYSTEM, TILE
 from sparsemm_lmms.demo.pages import Page
 
-NEWLINE, OVERVIEW = -1, -2  # image items that are no cell (LLaVA-NeXT)
+NEWLINE, OVERVIEW = -1, -2  # image items that are no cell
 IGNORE = -100
 
 
@@ -66,6 +66,8 @@ def frame(family: str) -> tuple[str, str, str, str]:
     """Chat text before the image, between image and question, between question and answer, after the answer."""
     if family == "llava_next":
         return "USER: ", "\n", " ASSISTANT:", "</s>"
+    if family == "internvl":
+        return "<|im_start|>user\n<img>", "</img>\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
     system = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
     return system + "<|vision_start|>", "<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 
@@ -75,6 +77,9 @@ def image_items(family: str, rows: int, cols: int) -> np.ndarray:
     cells = np.arange(rows * cols)
     if family == "qwen2_vl":
         return cells
+    if family == "internvl":
+        tiles = cells.reshape(rows // SQUARE, SQUARE, cols // SQUARE, SQUARE).transpose(0, 2, 1, 3)
+        return np.concatenate([tiles.ravel(), np.full(SQUARE * SQUARE, OVERVIEW)])
     grid = np.full((rows, cols + 1), NEWLINE)
     grid[:, :cols] = cells.reshape(rows, cols)
     return np.concatenate([np.full(TILE * TILE, OVERVIEW), grid.ravel()])
@@ -103,7 +108,7 @@ class Packer:
         self.family = family
         self.encode = lambda text: np.asarray(encode(text), dtype=np.int64)
         before, self.middle, self.after, self.end = frame(family)
-        self.before, self.plain = self.encode(before), before.removesuffix("<|vision_start|>")
+        self.before, self.plain = self.encode(before), before.removesuffix("<|vision_start|>").removesuffix("<img>")
 
     def _turn(self, group: str, start: int, opening: str, question: str, answer: str) -> Turn:
         head = self.encode(opening + question + self.after)  # in one piece: " Copy" is one token

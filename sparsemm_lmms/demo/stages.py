@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsemm_lmms.demo.align import align_loss, blacken, overviews, random_tiles, symbolic_features
+from sparsemm_lmms.demo.architecture import SQUARE, TILE
 from sparsemm_lmms.demo.data import stream
 from sparsemm_lmms.demo.forward import embed, image_features, logits
 from sparsemm_lmms.demo.packing import Packed, Packer, collate
@@ -28,6 +29,7 @@ class Mixture:
 EVEN = Mixture((1 / 3, 1 / 3, 1 / 3), 3, 3)
 # Keys and columns are learned last: once lines are read, most questions are about them.
 FOCUS = Mixture((0.15, 0.5, 0.35), 1, 6)
+TABLES = Mixture((0.25, 0.2, 0.55), 2, 5)
 
 
 @dataclass
@@ -96,10 +98,13 @@ def reading_loss(
 
 
 def vision_loss(model: torch.nn.Module, processor, rng: np.random.Generator, step: int, scores: Scores) -> Tensor:
-    """Alignment loss of random tiles: 8 x 8 cells; Qwen2-VL attends over whole images and gets larger ones too."""
+    """Alignment loss of random tiles of the tower's size; Qwen2-VL attends over whole images and gets larger ones."""
     if model.config.model_type == "llava_next":
-        made = [random_tiles(rng, 28), overviews(rng, processor, 4)]
+        made = [random_tiles(rng, 28, TILE), overviews(rng, processor, 4)]
         blacken(rng, *made[0])
+        tiles, cells = (np.concatenate(parts) for parts in zip(*made, strict=True))
+    elif model.config.model_type == "internvl":
+        made = [random_tiles(rng, 120, SQUARE), overviews(rng, processor, 8)]
         tiles, cells = (np.concatenate(parts) for parts in zip(*made, strict=True))
     else:
         tiles, cells = random_tiles(rng, *((32, 8), (6, 16), (32, 8), (2, 24))[step % 4])

@@ -1,35 +1,40 @@
 """Train a demo model from scratch: python -m sparsemm_lmms.demo.train --family qwen2_vl --output DIR.
 
+InternVL starts with the text model of the LLaVA-NeXT demo, as real ones share theirs; the other two start from nothing.
 Stages: `text` (the text model reads pages of perfect symbols), `focus` (the same, mostly keys and columns),
 `vision` (the tower learns to write the symbols' embeddings), `joint` (the text model gets used to rendered images and
-complete prompts). A run that was stopped goes on from DIR/checkpoint.pt.
+complete prompts), `polish` (complete prompts alone, for InternVL). A run that was stopped goes on from
+DIR/checkpoint.pt.
 """
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForImageTextToText
 
-from sparsemm_lmms.demo import FAMILIES
+from sparsemm_lmms.demo import FAMILIES, model_path
 from sparsemm_lmms.demo.architecture import build_model, build_processor
 from sparsemm_lmms.demo.forward import ATTENTION
 from sparsemm_lmms.demo.muon import Muon
 from sparsemm_lmms.demo.packing import Packer
-from sparsemm_lmms.demo.stages import EVEN, FOCUS, Scores, generators, reading_loss, vision_loss
+from sparsemm_lmms.demo.stages import EVEN, FOCUS, TABLES, Mixture, Scores, generators, reading_loss, vision_loss
+from sparsemm_lmms.demo.vocabulary import build_tokenizer
 
-STAGES = ("text", "focus", "vision", "joint")
+STAGES = ("text", "focus", "vision", "joint", "polish")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps, examples a step, learning rate and the part of the stage over which it falls to zero."""
+    """Steps, examples a step, learning rate, the part of the stage over which it falls to zero, and the questions."""
 
     steps: int
     batch: int
     rate: float
     decay: float
+    mixture: Mixture = EVEN
 
     def rate_at(self, step: int) -> float:
         warm = min(1.0, (step + 1) / 30)
@@ -40,17 +45,44 @@ class Recipe:
 RECIPES = {
     "llava_next": {
         "text": Recipe(1700, 4, 6e-3, 0.0),
-        "focus": Recipe(1650, 4, 6e-3, 0.2),
+        "focus": Recipe(1650, 4, 6e-3, 0.2, FOCUS),
         "vision": Recipe(600, 1, 2e-3, 0.7),
         "joint": Recipe(250, 4, 1.5e-3, 1.0),
     },
+    "internvl": {
+        "text": Recipe(400, 4, 5e-3, 0.0),
+        "focus": Recipe(125, 4, 5e-3, 0.0, TABLES),
+        "vision": Recipe(600, 1, 2e-3, 0.7),
+        "joint": Recipe(250, 4, 4e-3, 1.0, TABLES),
+        "polish": Recipe(120, 4, 2.5e-3, 1.0),
+    },
     "qwen2_vl": {
         "text": Recipe(1300, 4, 5e-3, 0.0),
-        "focus": Recipe(700, 4, 5e-3, 0.0),
+        "focus": Recipe(700, 4, 5e-3, 0.0, FOCUS),
         "vision": Recipe(600, 1, 2e-3, 0.7),
         "joint": Recipe(250, 4, 1.5e-3, 1.0),
     },
 }
+
+
+STARTS = {"internvl": "llava_next"}  # family -> the demo model whose text model it starts with
+ALIKE = {"assistant": "ASSISTANT:", "user": "USER:", "<|im_end|>": "</s>"}  # InternVL's token -> LLaVA-NeXT's
+
+
+def start_from(model: torch.nn.Module, family: str, source: str) -> None:
+    """Give `model` the layers of the demo model `source` and its embeddings of the tokens that both know, in place.
+
+    What only `model` has (biases, tokens of its chat) stays as it was drawn.
+    """
+    given = AutoModelForImageTextToText.from_pretrained(model_path(source), dtype=torch.float32, local_files_only=True)
+    state = {k: v for k, v in given.get_decoder().state_dict().items() if not k.startswith("embed_tokens")}
+    model.get_decoder().load_state_dict(state, strict=False)
+    old, table = build_tokenizer(source).get_vocab(), given.get_input_embeddings().weight
+    with torch.no_grad():
+        for token, index in build_tokenizer(family).get_vocab().items():
+            known = old.get(ALIKE.get(token, token))
+            if known is not None:
+                model.get_input_embeddings().weight[index] = table[known]
 
 
 def _is_vision(name: str) -> bool:
@@ -74,7 +106,10 @@ class Run:
 
     def __init__(self, family: str, output: Path, seed: int, device: str):
         self.family, self.output, self.seed = family, output, seed
-        self.model = build_model(family, seed).to(device)
+        self.model = build_model(family, seed)
+        if family in STARTS:
+            start_from(self.model, family, STARTS[family])
+        self.model.to(device)
         self.model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
         self.processor = build_processor(family)
         self.packer = Packer(family, lambda text: self.processor.tokenizer(text, add_special_tokens=False).input_ids)
@@ -102,15 +137,15 @@ class Run:
         self.done, self.seconds = state["done"], state["seconds"]
         return {state.get("stage", "text"): state["optimizers"]}
 
-    def loss(self, stage: str, step: int, batch: int, scores: Scores) -> torch.Tensor:
-        rngs = generators(self.seed + 1000 * STAGES.index(stage), step, batch)
+    def loss(self, stage: str, step: int, recipe: Recipe, scores: Scores) -> torch.Tensor:
+        rngs = generators(self.seed + 1000 * STAGES.index(stage), step, recipe.batch)
         if stage == "vision":
             return vision_loss(self.model, self.processor, rngs[0], step, scores)
-        # Complete prompts are dear: only the joint stage sees them, every second step.
-        share = 1.0 if stage == "joint" and step % 2 else (0.02, 0.05, 0.1, 0.2)[step % 4]
-        pixels = stage == "joint"
-        mixture = FOCUS if stage == "focus" else EVEN
-        return reading_loss(self.model, self.processor, self.packer, rngs, share, mixture, pixels, scores)
+        # Complete prompts are dear: only the last stages see them, `joint` every second step.
+        whole = stage == "polish" or stage == "joint" and step % 2
+        share = 1.0 if whole else (0.02, 0.05, 0.1, 0.2)[step % 4]
+        pixels = stage in ("joint", "polish")
+        return reading_loss(self.model, self.processor, self.packer, rngs, share, recipe.mixture, pixels, scores)
 
     def stage(self, stage: str, recipe: Recipe, states: list[dict]) -> None:
         """Run one stage to its end."""
@@ -124,7 +159,7 @@ class Run:
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.rate_at(step)
                 optimizer.zero_grad()
-            loss = self.loss(stage, step, recipe.batch, scores)
+            loss = self.loss(stage, step, recipe, scores)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             for optimizer in self.optimizers:
@@ -160,14 +195,18 @@ def main(argv: list[str] | None = None) -> None:
     for stage in STAGES:
         parser.add_argument(f"--{stage}-steps", type=int, help=f"steps of the stage `{stage}`")
     args = parser.parse_args(argv)
+    for stage in STAGES:
+        if stage not in RECIPES[args.family] and getattr(args, f"{stage}_steps") is not None:
+            known = ", ".join(RECIPES[args.family])
+            parser.error(f"--{stage}-steps: {args.family} has no stage `{stage}`; it has {known}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     run = Run(args.family, args.output, args.seed, args.device)
     states = run.load()
-    for name in STAGES:
-        recipe, steps = RECIPES[args.family][name], getattr(args, f"{name}_steps")
-        recipe = Recipe(recipe.steps if steps is None else steps, recipe.batch, recipe.rate, recipe.decay)
+    for name, recipe in RECIPES[args.family].items():
+        steps = getattr(args, f"{name}_steps")
+        recipe = recipe if steps is None else replace(recipe, steps=steps)
         if run.done.get(name, 0) < recipe.steps:
             run.stage(name, recipe, states.get(name, []))
     run.export()

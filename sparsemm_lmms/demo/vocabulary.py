@@ -15,6 +15,9 @@ SPECIALS = {
         "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
         "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
     ],
+    "internvl": [
+        "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
+    ],
 }  # fmt: skip
 MARKERS = ["USER:", "ASSISTANT:", "system", "user", "assistant"]
 EXTRA = (
@@ -50,6 +53,11 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     else:
         names |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
         extra = [t for t in specials if t not in ("<unk>", "<|im_end|>", "<|endoftext|>")]
+    if family == "internvl":
+        names["extra_special_tokens"] = {
+            "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, additional_special_tokens=extra, model_max_length=4096, **names
     )

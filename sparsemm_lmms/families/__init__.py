@@ -13,9 +13,20 @@ from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from sparsemm_lmms.families.base import GENERIC, BenchModel, Family, LmmsEvalDefaults, VLMEvalKit
+from sparsemm_lmms.families.base import GENERIC, BenchModel, Family, FrameLimits, LmmsEvalDefaults, VLMEvalKit
 
-__all__ = ["ANY", "FAMILIES", "GENERIC", "BenchModel", "Family", "LmmsEvalDefaults", "VLMEvalKit", "family_of"]
+__all__ = [
+    "ANY",
+    "FAMILIES",
+    "GENERIC",
+    "BenchModel",
+    "Family",
+    "FrameLimits",
+    "LmmsEvalDefaults",
+    "VLMEvalKit",
+    "family_for",
+    "family_of",
+]
 
 GROUP = "sparsemm_lmms.families"
 
@@ -63,7 +74,7 @@ def _loaded(entry: EntryPoint) -> Family:
 
 def _check_new(family: Family, known: dict[str, Family]) -> None:
     """Refuse names that are taken: the first who has a name keeps it."""
-    if family.model_type == ANY:
+    if ANY in family.architectures:
         raise ValueError(f"the model type {ANY} is that of the models for any checkpoint.")
     for other in known.values():
         for kind, names, taken in zip(_NAMES, _names(family), _names(other), strict=True):
@@ -75,12 +86,17 @@ _NAMES = ("model type", "class word", "VLMEvalKit checkpoint", "VLMEvalKit class
 
 
 def _names(family: Family) -> Iterator[set[str]]:
-    host = family.vlmevalkit
-    yield {family.model_type}
+    hosts = family.vlmevalkit.adapters if family.vlmevalkit else ()
+    yield set(family.architectures)
     yield {family.class_word}
-    yield set(host.checkpoints) if host else set()
-    yield {host.name} if host else set()
+    yield {word for host in hosts for word in host.checkpoints}
+    yield {host.name for host in hosts}
     yield set(family.bench)
+
+
+def family_for(model_type: str) -> Family | None:
+    """The family that runs checkpoints of this `model_type`; None if it is none of ours."""
+    return next((family for family in _families().values() if model_type in family.architectures), None)
 
 
 def family_of(model_id: str) -> str | None:

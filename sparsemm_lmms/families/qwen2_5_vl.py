@@ -1,18 +1,19 @@
 """Qwen2.5-VL: patches of images and videos of any size, merged two by two; windowed attention in the vision tower."""
 
-from sparsemm_lmms.families.base import Family, LmmsEvalDefaults, VLMEvalKit
+from sparsemm_lmms.families.base import Family, FrameLimits, LmmsEvalDefaults, VLMEvalKit
 
 FAMILY = Family(
     model_type="qwen2_5_vl",
     architecture="Qwen2_5_VLForConditionalGeneration",
-    pretrained="Qwen/Qwen2.5-VL-7B-Instruct",
+    pretrained="Qwen/Qwen2.5-VL-3B-Instruct",
     vision_tokens=("image_token_id", "video_token_id"),
     grid="patches",
     lmms_eval=LmmsEvalDefaults(
         prompts_of="qwen2_5_vl",
         max_new_tokens=128,
-        system_prompt="You are a helpful assistant.",
+        # No system prompt: the checkpoints' template writes "You are a helpful assistant." itself.
         pixel_limits=(200704, 1605632),  # 256 to 2048 tokens an image
+        frame_limits=FrameLimits(),
     ),
     vlmevalkit=VLMEvalKit(
         stock="Qwen2VLChat",

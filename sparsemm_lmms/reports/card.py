@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +20,11 @@ import typer
 from sparsemm_lmms.families import family_of
 from sparsemm_lmms.head_scores import write_atomically
 from sparsemm_lmms.json_files import checked, read_bytes, read_json
+from sparsemm_lmms.presets import FREE, FREE_PARTS
 from sparsemm_lmms.reports.markdown import code, item, plain
+from sparsemm_lmms.reports.names import split_name
 from sparsemm_lmms.reports.results import KEY, read_results
-from sparsemm_lmms.reports.statistics import METHOD_ORDER
+from sparsemm_lmms.reports.statistics import QUIET, place
 from sparsemm_lmms.reports.store import COMPACT, CellRecord, cell_folder, read_cells, write_text
 
 app = typer.Typer()
@@ -51,12 +53,6 @@ LEADERBOARDS = (
     Leaderboard("VQAv2 test-dev", "vqav2_test", "vqav2-test-submission-*.json"),
     Leaderboard("MMBench test", "mmbench_en_test", "mmbench_en_test_results.xlsx"),
 )
-ARXIV = {
-    "sparsemm": ("SparseMM", "2506.05344"),
-    "snapkv": ("SnapKV", "2404.14469"),
-    "pyramidkv": ("PyramidKV", "2406.02069"),
-    "adakv": ("AdaKV", "2407.11550"),
-}
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,7 @@ class Run:
         scores: task -> metric -> value.
         documents: of each task.
         folder: where the host's submission files lie, at any depth.
+        listed: whether the card has a line for it; of others it has the citations alone.
     """
 
     source: Path
@@ -80,6 +77,7 @@ class Run:
     scores: dict[str, dict[str, float]]
     documents: dict[str, int]
     measured: dict[str, float]
+    listed: bool = True
 
     @property
     def label(self) -> str:
@@ -111,7 +109,7 @@ def card(
         print(f"{name}: {path}")
     for line in collected.missing:
         print(f"missing: {line}")
-    print(f"{len(runs)} runs, {len(collected.copied)} submission files: {output}")
+    print(f"{sum(run.listed for run in runs)} runs, {len(collected.copied)} submission files: {output}")
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -125,7 +123,7 @@ def read_runs(path: Path) -> list[Run]:
     if path.is_file():
         return [_of_results(path)]
     if (path / "cells").is_dir() or (path / COMPACT).exists():
-        runs = [_of_cell(path, record) for record in sorted(read_cells(path), key=_place) if _is_shown(record)]
+        runs = [_of_cell(path, record) for record in sorted(read_cells(path), key=_place) if record.error is None]
     else:
         runs = [_of_results(file) for file in sorted(path.rglob("*_results.json")) if file.parent.name != "submissions"]
     if not runs:
@@ -141,30 +139,32 @@ def write_card(runs: Sequence[Run], output: Path) -> Collected:
     """
     folder = output.parent / "submissions"
     collected = Collected()
-    for run in runs:
+    listed = [run for run in runs if run.listed]
+    for run in listed:
         for board in LEADERBOARDS:
             _collect(run, board, folder, collected)
-    text = _markdown(runs, collected, output.parent)
+    text = _markdown(listed, collected, output.parent) + _citation(runs)
     if output.exists() and read_bytes(output, "Card", "name another file with --output") != text.encode():
         raise ValueError(f"--output {output} exists with other content; name another file or move it away.")
     write_text(output, text)
     return collected
 
 
-def _is_shown(record: CellRecord) -> bool:
+def _is_listed(record: CellRecord) -> bool:
     """Ablations and single draws of controls belong into the report of the sweep."""
-    return record.error is None and not record.variant and "#" not in record.method
+    return not record.variant and "#" not in record.method
 
 
-def _place(record: CellRecord) -> tuple[str, int, int]:
-    known = METHOD_ORDER.index(record.method) if record.method in METHOD_ORDER else len(METHOD_ORDER)
-    return record.model, known, -(record.budget or 0)
+def _place(record: CellRecord) -> tuple[str, tuple[int, int, int, str], int]:
+    return record.model, place(record.method), -(record.budget or 0)
 
 
 def _of_cell(sweep: Path, record: CellRecord) -> Run:
     counts = {task: sum(sample.task == task for sample in record.samples) for task in record.metrics}
     measured = list(record.statistics.values())
     names = {name for values in measured for name in values}
+    if not all(values.get("other_cores", QUIET) < QUIET for values in measured):
+        names -= {"tpot_ms", "tpot_ms_median"}
     total = sum(values.get("num_requests", 1) for values in measured) or 1
     return Run(
         source=sweep,
@@ -178,6 +178,7 @@ def _of_cell(sweep: Path, record: CellRecord) -> Run:
         scores=record.metrics,
         documents=counts,
         measured={n: sum(v.get(n, 0) * v.get("num_requests", 1) for v in measured) / total for n in names},
+        listed=_is_listed(record),
     )
 
 
@@ -253,11 +254,10 @@ def _copy(source: Path, folder: Path, stem: str) -> Path:
 
 
 def _markdown(runs: Sequence[Run], collected: Collected, root: Path) -> str:
-    methods = list(dict.fromkeys(run.method.partition("#")[0] for run in runs))
     models = list(dict.fromkeys(run.model for run in runs))
     parts = [f"# {plain(', '.join(models))} with compressed KV caches\n", "## Results\n", _results(runs)]
     parts += ["## Settings\n", _settings(runs), "## Hardware and versions\n", _environment(runs)]
-    parts += ["## Submission files\n", _submissions(runs, collected, root), "## Citation\n", _citation(methods)]
+    parts += ["## Submission files\n", _submissions(runs, collected, root), "## Citation\n", ""]
     return "\n".join(parts)
 
 
@@ -266,7 +266,10 @@ def _results(runs: Sequence[Run]) -> str:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.documents, sort_keys=True), []).append(run)
-    note = "Budget: tokens kept per kv head on average, the window included. KV MiB: used by a document's cache.\n"
+    note = (
+        "Budget: tokens kept per kv head on average, the window included. KV MiB: used by a document's cache. "
+        "ms/token: of cells of a sweep only where nothing else kept the processor busy.\n"
+    )
     return "\n".join([*(_table(group) for group in groups.values()), note])
 
 
@@ -330,13 +333,20 @@ def _submissions(runs: Sequence[Run], collected: Collected, root: Path) -> str:
     return "".join(lines)
 
 
-def _citation(methods: Sequence[str]) -> str:
-    return "".join(f"* {line}\n" for line in _cited(methods))
+def _citation(runs: Sequence[Run]) -> str:
+    lines = [*dict.fromkeys(paper for run in runs for paper in _papers(run)), ("lmms-eval", "2407.12772")]
+    return "".join("* {0}: [arXiv {1}](https://arxiv.org/abs/{1})\n".format(*line) for line in lines)
 
 
-def _cited(methods: Sequence[str]) -> Iterator[str]:
-    ours = {"random": "sparsemm", "permuted": "sparsemm", "layer_mean": "sparsemm", "uniform": "sparsemm"}
-    for method in dict.fromkeys(ours.get(method, method) for method in methods):
-        if method in ARXIV:
-            yield "{0}: [arXiv {1}](https://arxiv.org/abs/{1})".format(*ARXIV[method])
-    yield "lmms-eval: [arXiv 2407.12772](https://arxiv.org/abs/2407.12772)"
+def _papers(run: Run) -> tuple[tuple[str, str], ...]:
+    """What the parts of a run's method declare; nothing for parts of a package that is not installed here."""
+    from sparsemm_lmms.methods import METHODS, find_method
+    from sparsemm_lmms.registry import allocator_names, scorer_names
+
+    method = split_name(run.method).method
+    if method == FREE:
+        method = "+".join(str(run.settings.get(part)) for part in FREE_PARTS)
+    scorer, _, allocator = method.partition("+")
+    if method not in METHODS and (scorer not in scorer_names() or allocator not in allocator_names()):
+        return ()
+    return find_method(method).papers(run.settings)

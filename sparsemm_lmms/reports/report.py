@@ -158,12 +158,14 @@ def _markdown(
     if failed:
         parts.append("**Failed cells**\n\n" + "".join(item(f"{record.name}: {record.error}") for record in failed))
     parts += [f"![{name}](figures/{name}.png)\n" for name in drawn if name in ("accuracy", "pareto")]
+    if "pareto" in drawn and not all(block.is_quiet for block in shown):
+        parts.append(f"{plots.NO_TIMES}\n")
     if any(block.compared() for block in shown):
         parts.append(tables.LEGEND + "\n")
     for block in shown:
         if not block.compared():
             continue
-        parts.append(tables.accuracy(block).markdown())
+        parts += [tables.accuracy(block).markdown(), tables.note(block)]
         parts += ["".join(f"* {line}\n" for line in [*tables.sentences(block), *_other_aggregate(block)])]
         parts += [tables.against_fullkv(block).markdown(), tables.cost(block).markdown()]
     for name, title in ABLATIONS.items():

@@ -11,19 +11,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from sparsemm_lmms.presets import METHODS
+from sparsemm_lmms.reports.names import WORDS, split_name, without_draw
 from sparsemm_lmms.reports.store import CellRecord
 
 RESAMPLES, FEWEST_RESAMPLES, LEVEL = 10_000, 1_000, 0.95
-METHOD_ORDER = (
-    *("fullkv", "sparsemm", "snapkv", "pyramidkv", "adakv", "local_window"),
-    *("random", "permuted", "layer_mean", "uniform", "mask", "mask_random"),
-)
-CONTROLS = ("random", "permuted", "layer_mean", "uniform", "mask_random")
+TIE = 1e-9  # means of the same scores in another order
+QUIET = 0.25
+"""Cores that other work may keep busy on average during a run whose milliseconds are shown."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Row:
         lost, gained: documents that FullKV has right and this row wrong, and the reverse; for metrics that are 0 or 1.
             Means over draws.
         kept_fraction: tokens kept / tokens that the budget and the prompts allow.
+        other_cores: cores that other work kept busy meanwhile; None where nobody looked.
     """
 
     method: str
@@ -71,6 +73,11 @@ class Row:
     kv_bytes: float | None = None
     ttft_ms: float | None = None
     ms_per_token: float | None = None
+    other_cores: float | None = None
+
+    @property
+    def is_control(self) -> bool:
+        return split_name(self.method).is_control
 
     @property
     def value(self) -> float:
@@ -91,6 +98,21 @@ class Row:
         several = len(self.draws) > 1
         spread = {"draw_lowest": min(self.draws), "draw_highest": max(self.draws)} if several else {}
         return {**values, "variant": self.variant, "draws": len(self.draws), **spread}
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One budget of the main table.
+
+    Attributes:
+        rows: all of them.
+        best: the row with the largest value, and those that share it.
+        near: the others that the documents do not tell apart from a best row, corrected for all rows of the column.
+    """
+
+    rows: tuple[Row, ...]
+    best: tuple[Row, ...]
+    near: tuple[Row, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +137,7 @@ class Block:
     def fullkv(self) -> Row | None:
         return next((row for row in self.rows if row.method == "fullkv"), None)
 
-    @property
+    @cached_property
     def scale(self) -> int:
         """100 for scores between 0 and 1, which are shown in percent."""
         scores = [row.scores for row in self.rows if row.scores is not None]
@@ -133,7 +155,7 @@ class Block:
         columns = self.resampled[:, self.rows.index(row)] - self.resampled[:, self.rows.index(other)]
         return _interval(value, columns)
 
-    @property
+    @cached_property
     def binary(self) -> bool:
         """Whether every answer is right or wrong; a row of several draws is a mean of such answers."""
         single = [row.scores for row in self.rows if row.scores is not None and len(row.draws) == 1]
@@ -149,14 +171,41 @@ class Block:
         if row.scores is None or other.scores is None:
             return False
         level = (1 - LEVEL) / max(comparisons, 1)
+        differences = row.scores - other.scores
         if self.binary:
-            return sign_test(row.scores - other.scores) < level
+            return sign_test(differences) < level
+        if np.count_nonzero(np.abs(differences) > TIE) < fewest_documents(comparisons):
+            return False
         columns = self.resampled[:, self.rows.index(row)] - self.resampled[:, self.rows.index(other)]
         return _interval(row.value - other.value, columns, level).excludes_zero
 
     def compared(self) -> list[Row]:
         """The rows of the main table: methods at budgets, variants left out."""
         return [row for row in self.rows if row.budget is not None and not row.variant]
+
+    @cached_property
+    def columns(self) -> dict[int, Column]:
+        """The columns of the main table by their budgets."""
+        return {budget: self._column(budget) for budget in sorted({row.budget or 0 for row in self.compared()})}
+
+    def _column(self, budget: int) -> Column:
+        rows = tuple(row for row in self.compared() if row.budget == budget)
+        top = max(row.value for row in rows)
+        best = tuple(row for row in rows if row.value > top - TIE)
+        others = [row for row in rows if row not in best]
+        near = [row for row in others if not all(self.told_apart(row, one, len(rows) - 1) for one in best)]
+        return Column(rows, best, tuple(near))
+
+    def all_alike(self, budget: int | None) -> bool:
+        """Whether all rows at a budget have the same score on every document."""
+        scores = [row.scores for row in self.compared() if row.budget == budget]
+        return all(s is not None and scores[0] is not None and (s == scores[0]).all() for s in scores)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the milliseconds of all rows were taken while next to nothing else ran."""
+        timed = [row for row in self.rows if row.ms_per_token is not None]
+        return bool(timed) and all(row.other_cores is not None and row.other_cores < QUIET for row in timed)
 
 
 def blocks(records: Iterable[CellRecord], seed: int = 0) -> Iterator[Block]:
@@ -188,6 +237,16 @@ def bootstrap_means(scores: np.ndarray, seed: int = 0) -> np.ndarray:
         for start in range(0, resamples, chunk)
     ]
     return np.concatenate(parts)
+
+
+def fewest_documents(comparisons: int = 1) -> int:
+    """How many documents must differ, all in favour of one row, before a sign test can tell two rows apart.
+
+    >>> fewest_documents(), fewest_documents(19)
+    (6, 10)
+    """
+    level = (1 - LEVEL) / max(comparisons, 1)
+    return int(np.floor(1 - np.log2(level))) + 1
 
 
 def sign_test(differences: np.ndarray) -> float:
@@ -245,29 +304,28 @@ def _task_blocks(task: str, records: Sequence[CellRecord], seed: int) -> Iterato
                     values["difference"] = _interval(scores.mean() - base.mean(), change)
                     values |= _flips(base, each) if binary else {}
             first = group[0]
-            rows.append(Row(base_method(first.method), first.budget, first.variant, **values, **_cost(task, group)))
+            rows.append(Row(without_draw(first.method), first.budget, first.variant, **values, **_cost(task, group)))
         means = resampled[:, index, :] if index is not None else np.full((1, len(rows)), np.nan)
         first = records[0]
         yield Block(first.model, first.family, task, metric, len(shared), tuple(rows), means)
 
 
-def base_method(method: str) -> str:
-    """The method without the number of its draw.
-
-    >>> base_method("random#3")
-    'random'
-    """
-    return method.partition("#")[0]
+def place(method: str) -> tuple[int, int, int, str]:
+    """Where a method stands in tables: presets in their order, then pairs, then controls, those of sparsemm first."""
+    name, order = split_name(method), list(METHODS)
+    late = 2 * (name.of == "mask") + name.is_control
+    known = order.index(name.of) if name.of in order else len(order)
+    word = WORDS.index(name.word) if name.is_control else 0
+    return (-1 if method == "fullkv" else late, known, word, method)
 
 
 def _grouped(records: Sequence[CellRecord]) -> list[list[CellRecord]]:
     """Cells that are draws of one row, in the order of tables. `random` and `random#0` are the same draw."""
     groups: dict[tuple[Any, ...], dict[str, CellRecord]] = {}
     for record in records:
-        method = base_method(record.method)
-        place = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
+        method = without_draw(record.method)
         variant = tuple(sorted(record.variant.items()))
-        key = (bool(variant), place, method, variant, record.budget or 0)
+        key = (bool(variant), place(method), variant, record.budget or 0)
         groups.setdefault(key, {}).setdefault(json.dumps(record.settings, sort_keys=True), record)
     return [list(groups[key].values()) for key in sorted(groups)]
 
@@ -303,4 +361,5 @@ def _cost(task: str, group: Sequence[CellRecord]) -> dict[str, Any]:
         "kv_bytes": mean("kv_bytes"),
         "ttft_ms": mean("ttft_ms_median", "ttft_ms"),
         "ms_per_token": mean("tpot_ms_median", "tpot_ms"),
+        "other_cores": mean("other_cores"),
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sparsemm_lmms.reports.markdown import plain
 from sparsemm_lmms.reports.paper import TASKS, published
-from sparsemm_lmms.reports.statistics import CONTROLS, Block, Interval, Row
+from sparsemm_lmms.reports.statistics import LEVEL, TIE, Block, Interval, Row, fewest_documents
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 PRIMARY = {"sparsemm_demo_ocr": "character_accuracy"} | {task: known.metric for task, known in TASKS.items()}
 """The metric of a task that tables and figures show; of other tasks the first with scores of documents."""
 
-TIE = 1e-9  # means of the same scores in another order
 LEGEND = (
-    "Brackets: 95 % bootstrap interval over documents. **Bold**: best of the column. `≈` sparsemm is not "
-    "distinguishable from the best other row, `▼` it is below it (exact paired sign test where answers are right "
-    "or wrong, else the interval of the paired difference; both corrected for the number of rows compared). An "
-    "interval of zero width says that all documents agree. *Italics*: sparsemm's rule with other head scores, the"
-    " controls. (paper): as published, on all documents of its benchmark."
+    "Brackets: 95 % bootstrap interval over documents; one of zero width says that all documents agree. **Bold**: best "
+    "of the column. `≈`: the documents do not tell the row apart from it, by the test below each table. Rows without a "
+    "mark are told apart from it. The best of many rows is also the luckiest, so its value flatters it. *Italics*: "
+    "methods with other head scores, the controls. (paper): as published, on all documents of its benchmark."
 )
+MARK = " ≈"
+MOST_NAMED = 4  # rows that a sentence names; more are counted
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Grid:
 
     def csv(self) -> str:
         out = io.StringIO()
-        lines = [[_unmarked(text).rstrip(" ≈▼") for text in line] for line in [self.header, *self.rows]]
+        lines = [[_unmarked(text).removesuffix(MARK) for text in line] for line in [self.header, *self.rows]]
         csv.writer(out, lineterminator="\n").writerows(lines)
         return out.getvalue()
 
@@ -93,7 +93,7 @@ def label(rows: Sequence[Row]) -> str:
     """The method of a line of the table; the controls in italics, with the number of draws."""
     name, counts = rows[0].method, {len(row.draws) for row in rows}
     several = f" ({draws_text(rows)})" if counts != {1} else ""
-    return (f"*{name}*" if name in CONTROLS else name) + several
+    return (f"*{name}*" if rows[0].is_control else name) + several
 
 
 def draws_text(rows: Sequence[Row]) -> str:
@@ -118,15 +118,35 @@ def accuracy(block: Block) -> Grid:
     if block.fullkv is not None:
         lines.append([label([block.fullkv]), *[_number(block, block.fullkv)] * len(columns)])
     theirs = {(number.method, number.budget): number.value for number in published(block) if number.ratio is None}
+    marked = {budget: _marked(block, budget) for budget in columns}
     for method in dict.fromkeys(row.method for row in rows):
         own = {row.budget: row for row in rows if row.method == method}
-        cells = [_marked(block, own[budget]) if budget in own else "" for budget in columns]
+        cells = [marked[budget].get(method, "") for budget in columns]
         lines.append([label(list(own.values())), *cells])
         told = [theirs.get((method, budget)) for budget in columns]
         if any(value is not None for value in told):
             texts = ["" if value is None else f"{block.scale * value:.1f}" for value in told]
             lines.append([f"{method} (paper)", *texts])
     return Grid(heading(block), ("tokens per kv head", *map(str, columns)), lines)
+
+
+def note(block: Block) -> str:
+    """What the marks of a block's accuracy table mean, and how many documents they need."""
+    sizes = sorted({len(block.columns[budget].rows) - 1 for budget in budgets(block.compared())})
+    level, most = f"{100 * (1 - LEVEL):.0f} %", sizes[-1]
+    if not most:
+        return ""
+    if all(row.scores is None for row in block.compared()):
+        return "`≈`: the host scores no single document here, so nothing tells rows apart.\n"
+    test = "the paired bootstrap interval of the difference includes 0"
+    if block.binary:
+        test = "McNemar's exact test of answers that one row has right and the other wrong finds no difference"
+    needed = fewest_documents(most)
+    few = f"at least {needed} of the {block.documents} documents must differ"
+    if needed > block.documents:
+        few = f"{needed} documents would have to differ, so these {block.documents} tell no rows of a full column apart"
+    compared = " to ".join(map(str, dict.fromkeys((sizes[0], most))))
+    return f"`≈`: {test}, at {level} over the {compared} comparisons of a column together; {few}.\n"
 
 
 def against_fullkv(block: Block) -> Grid:
@@ -181,7 +201,7 @@ def variants(block: Block, name: str) -> Grid | None:
 
 
 def sentences(block: Block) -> list[str]:
-    """Where sparsemm is best, where it is not, and where the documents do not tell. More is taken as better."""
+    """The best rows, where sparsemm is best, where it is not, where the documents do not tell. More is better."""
     told: dict[str, list[str]] = {}
     for budget in budgets(block.compared()):
         own, best = _sparsemm_and_best(block, budget)
@@ -190,7 +210,7 @@ def sentences(block: Block) -> list[str]:
         gap = block.difference(own, best)
         apart = block.told_apart(own, best, len(_rivals(block, own)))
         size = f"{block.scale * gap.value:+.1f}"
-        if _all_alike(block, budget):
+        if block.all_alike(budget):
             told.setdefault("all rows answer alike at", []).append(str(budget))
         elif gap.value > 0 and apart:
             told.setdefault("sparsemm is best, told apart from the next at", []).append(f"{budget} ({size})")
@@ -206,12 +226,32 @@ def sentences(block: Block) -> list[str]:
         else:
             told.setdefault("**worse than the best** at", []).append(f"{budget} ({best.method}, {size})")
     lines = [f"{what} {', '.join(where)}" for what, where in told.items()]
+    lines = [*_best_rows(block), *lines]
     full = block.fullkv
     own_rows = [row for row in block.compared() if row.method == "sparsemm" and row.difference is not None]
     close = [str(row.budget) for row in own_rows if full and not block.told_apart(row, full, len(own_rows))]
     if close:
         lines.append(f"sparsemm is not distinguishable from fullkv at {', '.join(close)}")
     return lines
+
+
+def _best_rows(block: Block) -> list[str]:
+    """A line that names the best row of every budget, and those that cannot be told apart from it."""
+    told = []
+    for budget in budgets(block.compared()):
+        column = block.columns[budget]
+        if len(column.rows) == 1 or block.all_alike(budget):
+            continue
+        near = [row.method for row in column.near]
+        said = f"{budget} {' and '.join(row.method for row in column.best[:MOST_NAMED])}"
+        if len(column.best) > MOST_NAMED:
+            said = f"{budget} {len(column.best)} rows alike"
+        if near:
+            said += f" (≈ {', '.join(near) if len(near) <= MOST_NAMED else f'{len(near)} of {len(column.rows)} rows'})"
+        elif len(column.best) == 1:
+            said += " (told apart from all others)"
+        told.append(said)
+    return [f"best: {'; '.join(told)}"] if told else []
 
 
 def spread(block: Block) -> Grid | None:
@@ -248,17 +288,12 @@ def _number(block: Block, row: Row) -> str:
     return f"{row.value:.4g}" if row.mean is None else interval_text(block, row.mean)
 
 
-def _marked(block: Block, row: Row) -> str:
-    rivals = _rivals(block, row)
-    text = _number(block, row)
-    if all(row.value > other.value - TIE for other in rivals):
-        text = f"**{text}**"
-    if row.method != "sparsemm" or not rivals or _all_alike(block, row.budget):
-        return text
-    best = max(rivals, key=lambda other: other.value)
-    if not block.told_apart(row, best, len(rivals)):
-        return f"{text} ≈"
-    return text if row.value > best.value else f"{text} ▼"
+def _marked(block: Block, budget: int) -> dict[str, str]:
+    """The texts of one column by method."""
+    column = block.columns[budget]
+    texts = {row.method: _number(block, row) for row in column.rows}
+    texts |= {row.method: f"**{texts[row.method]}**" for row in column.best}
+    return texts | {row.method: texts[row.method] + MARK for row in column.near}
 
 
 def _rivals(block: Block, row: Row) -> list[Row]:
@@ -272,11 +307,6 @@ def _sparsemm_and_best(block: Block, budget: int | None) -> tuple[Row | None, Ro
     own = next((row for row in rows if row.method == "sparsemm"), None)
     others = [row for row in rows if row is not own]
     return own, max(others, key=lambda row: row.value, default=None)
-
-
-def _all_alike(block: Block, budget: int | None) -> bool:
-    scores = [row.scores for row in block.compared() if row.budget == budget]
-    return all(s is not None and scores[0] is not None and (s == scores[0]).all() for s in scores)
 
 
 def _bytes(count: float) -> str:

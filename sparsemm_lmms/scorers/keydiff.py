@@ -1,19 +1,26 @@
-"""KeyDiff (https://arxiv.org/abs/2504.15364): keys that differ from the mean key stay, without looking at any query."""
+"""KeyDiff (https://arxiv.org/abs/2504.15364): keys that differ from the mean key stay."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
-from sparsemm_lmms.scorers.base import LayerView, Scorer
+from sparsemm_lmms.scorers.base import LayerView
+from sparsemm_lmms.scorers.window_attention import WindowAttention
 
 
 @dataclass(frozen=True)
-class KeyDiff(Scorer):
-    """Minus the cosine similarity of a key with the mean of the head's normalised keys."""
+class KeyDiff(WindowAttention):
+    """Minus the similarity of a key with the mean of the head's normalised keys, at the scale of window attention.
+
+    The order is that of minus the cosine and looks at no query. The scale is MixKV's, so that the two can be added.
+    """
+
+    comparable = False
+    papers = (("KeyDiff", "2504.15364"),)
 
     def score(self, view: LayerView) -> Tensor:
-        keys = view.key.float()
-        return -cosine_similarity(keys, view.mean(normalize(keys, dim=-1)), dim=-1)[..., : view.length]
+        keys, mean, norms = view.mean_direction()
+        unlike = -(keys[:, :, : view.length] @ mean.mT)[..., 0] / norms[..., : view.length]
+        return view.rescaled(unlike, self.attention(view), epsilon=1e-8)

@@ -14,6 +14,8 @@ from sparsemm_lmms.scorers.base import LayerView, Scorer
 class Recency(Scorer):
     """A token's place."""
 
+    papers = (("StreamingLLM", "2309.17453"),)
+
     def score(self, view: LayerView) -> Tensor:
         places = torch.arange(view.length, dtype=torch.float32, device=view.key.device)
         return places.expand(*view.key.shape[:2], -1)

@@ -2,9 +2,10 @@
 
 ``watch(model)`` gives the text model an attention function of ours, registered through transformers' own
 ``AttentionInterface``, and takes it back in ``finally``; which watcher and layer it is in, the keys say (``handoff``).
-The function returns ``sdpa``'s output untouched and, for the last ``rows`` query positions only, keeps per (sequence,
-query head) the position of the largest attention weight and the attention mass on each word's image tokens: numbers
-that don't grow with the prompt. ``output_attentions=True`` would keep layers x heads x length x length of them.
+The function returns ``sdpa``'s output untouched (that of ``eager`` where logits are soft-capped or there are sinks)
+and, for the last ``rows`` query positions only, keeps per (sequence, query head) the position of the largest attention
+weight and the attention mass on each word's image tokens: numbers that don't grow with the prompt.
+``output_attentions=True`` would keep layers x heads x length x length of them.
 
 The row watched for a token is the one that PREDICTS it (the query of the token before), as in the research code
 (``visual_head/llava_visual_head.py``: ``outputs.attentions[...][-1]`` of the step whose logits gave the token).
@@ -12,11 +13,12 @@ The row watched for a token is the one that PREDICTS it (the query of the token 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -29,6 +31,26 @@ from sparsemm_lmms.handoff import hand_on, handed
 NAME = "sparsemm_chase"
 # Elements of the largest temporary (chunk of rows x heads x keys, float32): 64 MiB.
 CHUNK_ELEMENTS = 1 << 24
+
+
+class Logits(NamedTuple):
+    """How a layer makes attention logits of products: their factor, the bound of what comes of it (``softcap``), and
+    the logits ``[q_heads]`` of what stands beside the keys in the softmax (attention ``sinks``)."""
+
+    scaling: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+class Looks(Protocol):
+    """What `watch` calls with the queries and keys of each layer of full attention."""
+
+    def look(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, logits: Logits
+    ) -> None: ...
+
+
+Watching = TypeVar("Watching", bound=Looks)
 
 
 @dataclass
@@ -66,21 +88,21 @@ class Watcher:
         return torch.stack([self.argmax[i] for i in layers]), torch.stack([self.mass[i] for i in layers])
 
     def look(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, logits: Logits
     ) -> None:
         """query ``[batch, q_heads, q, d]``, key ``[batch, kv_heads, k, d]`` after RoPE; mask as for sdpa."""
         batch, q_heads, q_length, _ = query.shape
         rows, k_length = min(self.rows, q_length), key.shape[2]
         key = key.float()  # bf16 products tie within 8 bits, and the argmax of a tie is noise
         if rows == 1:  # a decoding step
-            weights = step_weights(query, key, mask, scaling)
+            weights = step_weights(query, key, mask, logits)
             self.argmax[layer], self.mass[layer] = weights.argmax(dim=-1), self._mass(weights, 0)
             return
         size = max(1, CHUNK_ELEMENTS // (batch * q_heads * k_length))
         argmax, mass = [], []
         for start in range(q_length - rows, q_length, size):
             stop = min(start + size, q_length)
-            weights = _weights(query[:, :, start:stop], key, _mask_rows(mask, start, stop, q_length, key), scaling)
+            weights = rows_weights(query, key, mask, logits, start, stop)
             argmax.append(weights.argmax(dim=-1))
             mass.append(self._mass(weights, start - (q_length - rows)))
         self.argmax[layer], self.mass[layer] = torch.cat(argmax, dim=2), torch.cat(mass, dim=2)
@@ -104,7 +126,7 @@ class WatchedCache(DynamicCache):
     keeps: whether keys and values are kept for later passes.
     """
 
-    watcher: Watcher
+    watcher: Looks
     numbers: dict[int, int]
     keeps = True
 
@@ -116,24 +138,39 @@ class WatchedCache(DynamicCache):
         return hand_on(key_states, (self.watcher, self.numbers.get(layer_idx))), value_states
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-    """Attention weights, float32 ``[batch, q_heads, rows, keys]``; keys are not repeated over their query heads."""
+def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, logits: Logits) -> torch.Tensor:
+    """Attention weights, float32 ``[batch, q_heads, rows, keys]``; keys are not repeated over their query heads.
+
+    A row sums to less than 1 where a sink takes its share.
+    """
     batch, q_heads, rows, dim = query.shape
     kv_heads = key.shape[1]
     grouped = query.float().reshape(batch, kv_heads, q_heads // kv_heads * rows, dim)
-    logits = torch.matmul(grouped * scaling, key.transpose(2, 3)).view(batch, q_heads, rows, -1)
+    table = torch.matmul(grouped * logits.scaling, key.transpose(2, 3)).view(batch, q_heads, rows, -1)
+    if logits.softcap is not None:
+        table = torch.tanh(table / logits.softcap) * logits.softcap
     if mask is not None:
         if mask.dtype == torch.bool:
-            logits = logits.masked_fill_(~mask, torch.finfo(torch.float32).min)
+            table = table.masked_fill_(~mask, torch.finfo(torch.float32).min)
         else:
-            logits = logits + mask.float()
-    return logits.softmax(dim=-1)
+            table = table + mask.float()
+    if logits.sinks is None:
+        return table.softmax(dim=-1)
+    sinks = logits.sinks.float().view(1, -1, 1, 1).expand(batch, -1, rows, 1)
+    return torch.cat([table, sinks], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def step_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+def rows_weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, logits: Logits, start: int, stop: int
+) -> torch.Tensor:
+    """Attention weights of the queries start..stop, float32 ``[batch, q_heads, stop - start, keys]``."""
+    return _weights(query[:, :, start:stop], key, _mask_rows(mask, start, stop, query.shape[2], key), logits)
+
+
+def step_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, logits: Logits) -> torch.Tensor:
     """Attention weights of the last query only, float32 ``[batch, q_heads, 1, keys]``."""
     length = query.shape[2]
-    return _weights(query[:, :, -1:], key.float(), _mask_rows(mask, length - 1, length, length, key), scaling)
+    return rows_weights(query, key.float(), mask, logits, length - 1, length)
 
 
 def _mask_rows(
@@ -156,17 +193,26 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """``sdpa`` plus a look at the last rows."""
+    """``sdpa`` plus a look at the last rows; the model's own ``eager`` attention where ``sdpa`` knows too little."""
     handoff = handed(key)
     if handoff is None:
         raise RuntimeError(f"{type(module).__name__} is being watched, but its keys come from no watched cache.")
     watcher, layer = handoff.source
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer is not None and handoff.readers == 1:  # not a later layer that shares these keys
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        watcher.look(layer, query, key, attention_mask, scale)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        watcher.look(layer, query, key, attention_mask, Logits(scale, softcap, s_aux))
+    given = {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
+    if not given:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rows = _mask_rows(attention_mask, 0, query.shape[2], query.shape[2], key)
+    if rows is not None and rows.dtype == torch.bool:
+        rows = torch.zeros_like(rows, dtype=query.dtype).masked_fill_(~rows, torch.finfo(query.dtype).min)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, rows, scaling=scale, **given, **kwargs)[0], None
 
 
 def full_numbers(config: Any) -> dict[int, int]:
@@ -176,7 +222,7 @@ def full_numbers(config: Any) -> dict[int, int]:
 
 
 def _before_forward(
-    watcher: Watcher, numbers: dict[int, int], model: Any, args: Any, kwargs: dict[str, Any]
+    watcher: Looks, numbers: dict[int, int], model: Any, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook: every pass runs on a watched cache, which keeps nothing where the pass wants none."""
     name = OLD_CACHE_NAME if OLD_CACHE_NAME in kwargs else CACHE_NAME
@@ -193,7 +239,7 @@ def _before_forward(
 
 
 @contextmanager
-def watch(model: Any, watcher: Watcher) -> Iterator[Watcher]:
+def watch(model: Any, watcher: Watching) -> Iterator[Watching]:
     """Inside, every forward of ``model``'s text model fills ``watcher``; outside, the model is as before."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

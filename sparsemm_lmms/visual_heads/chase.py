@@ -31,11 +31,12 @@ from sparsemm_lmms.cache import is_full
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.head_statistics import per_image_facts
 from sparsemm_lmms.visual_heads.checkpoints import checkpoint_version
-from sparsemm_lmms.visual_heads.identity import differing, sample_sha256
+from sparsemm_lmms.visual_heads.identity import UNCHANGED, Changes, differing, sample_sha256
 from sparsemm_lmms.visual_heads.inputs import make_batch
 from sparsemm_lmms.visual_heads.matching import TokenText, TokenTexts
 from sparsemm_lmms.visual_heads.partial import MEND, PartialResults
 from sparsemm_lmms.visual_heads.passes import Tally, free_running, pad_token, teacher_forced
+from sparsemm_lmms.visual_heads.retention import held_masses, retention_facts
 from sparsemm_lmms.visual_heads.samples import CalibrationSample, SkipLog, Skipped, checked
 from sparsemm_lmms.visual_heads.token_grid import Views, grid_for
 
@@ -52,6 +53,7 @@ class ChaseSettings:
     token_text: see ``matching``. max_new_tokens: the paper's 1024, free running only.
     per_token: divide each sample's score by its counted tokens, so that a mixture's short answers weigh as much as
     whole transcriptions (published rule: False, a sum).
+    retention_images: for the first so many samples the retention curves are measured as well (see ``retention``).
     """
 
     mode: Mode = "free"
@@ -60,6 +62,7 @@ class ChaseSettings:
     batch_size: int = 1
     max_new_tokens: int = 1024
     per_token: bool = False
+    retention_images: int = 64
 
     def __post_init__(self) -> None:
         for name, known in (("mode", ("free", "teacher")), ("views", ("high", "all"))):
@@ -68,6 +71,8 @@ class ChaseSettings:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.retention_images < 0:
+            raise ValueError(f"retention_images must be at least 0, got {self.retention_images}.")
 
 
 def text_shape(config: Any) -> tuple[int, int, int]:
@@ -90,13 +95,15 @@ def score_heads(
     revision: str | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    changes: Changes = UNCHANGED,
 ) -> HeadScores:
     """Score every head of ``model`` on ``samples`` and write ``output`` (with provenance beside it).
 
     ``samples``: any iterable; if it has ``describe()``, that names the data in the provenance. ``limit``: stop after so
     many inputs, skipped ones included. Killed runs continue from ``output``'s partial file; a finished ``output`` of
     the same model, data and settings is returned as it is. ``overwrite``: replace a file of others, which is a
-    ValueError otherwise. A run that was killed may be ended with more or fewer inputs than it was to have.
+    ValueError otherwise. A run that was killed may be ended with more or fewer inputs than it was to have. ``changes``:
+    what was done to the weights of ``model``.
 
     >>> # score_heads(model, processor, GeneratedPages(200), "scores.json", ChaseSettings(mode="teacher", batch_size=4))
     """
@@ -110,6 +117,7 @@ def score_heads(
         "revision": revision,
         "model_type": model.config.model_type,
         "checkpoint": _checkpoint(model, model_id, revision),
+        **asdict(changes),
         "processor": _processor(processor),
         "layers": layers,
         "q_heads": heads,
@@ -202,6 +210,7 @@ def reduce_records(records: list[dict[str, Any]], facts: dict[str, Any]) -> Head
         "images_without_counted_tokens": sum(not record["counted"] for record in read),
         "skipped": skipped.summary(),
         **per_image_facts(table),
+        **retention_facts([record["held"] for record in read if "held" in record]),
         "attention_mass": np.round(mass, 9).tolist(),
     }
     return HeadScores(table.mean(axis=0), stderr, {**facts, **counts})
@@ -219,7 +228,7 @@ class _Reader:
 
     def read(self, batch: list[CalibrationSample | Skipped], first: int) -> list[dict[str, Any]]:
         good = [sample for sample in batch if isinstance(sample, CalibrationSample)]
-        tally = self._tally(good) if good else None
+        tally, held = self._watched(good, first) if good else (None, [])
         records: list[dict[str, Any]] = []
         row = 0
         for index, sample in enumerate(batch, start=first):
@@ -238,14 +247,20 @@ class _Reader:
                     "mass": tally.mass[row].tolist(),
                 }
             )
+            if held and (curves := held[row]) is not None:
+                records[-1]["held"] = np.round(curves, 6).tolist()
             row += 1
         return records
 
-    def _tally(self, samples: list[CalibrationSample]) -> Tally:
+    def _watched(self, samples: list[CalibrationSample], first: int) -> tuple[Tally, list[np.ndarray | None]]:
+        """What the heads look at and, of the first batches, what they would hold."""
         batch = make_batch(samples, self.processor, self.family, self.settings.views, self.model)
         if self.settings.mode == "teacher":
-            return teacher_forced(self.model, batch, self.texts, self.pad, self.shape)
-        return free_running(self.model, batch, self.texts, self.pad, self.shape, self.settings.max_new_tokens)
+            tally = teacher_forced(self.model, batch, self.texts, self.pad, self.shape)
+        else:
+            tally = free_running(self.model, batch, self.texts, self.pad, self.shape, self.settings.max_new_tokens)
+        measured = first < self.settings.retention_images
+        return tally, held_masses(self.model, batch, self.texts.tokenizer, self.pad) if measured else []
 
 
 def _batches(

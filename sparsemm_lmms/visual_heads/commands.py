@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
-from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.families import ANY, FAMILIES
 from sparsemm_lmms.head_scores import HeadScores, write_atomically
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Find, look at and spend visual heads.")
 
 
-ModelFamily = Enum("ModelFamily", {name: name for name in FAMILIES}, type=str)  # type: ignore[misc]
+ModelFamily = Enum("ModelFamily", {name: name for name in (*FAMILIES, ANY)}, type=str)  # type: ignore[misc]
 DEFAULT_FAMILY = ModelFamily(DEMO_FAMILIES[0])
 
 
@@ -38,7 +38,7 @@ class CountedViews(str, Enum):
 @app.command()
 def chase(
     output: Annotated[Path, typer.Option(help="Score file to write (JSON).")],
-    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = DEFAULT_FAMILY,
+    model: Annotated[ModelFamily, typer.Option(help=f"Family of the model; {ANY}: any.")] = DEFAULT_FAMILY,
     pretrained: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     images: Annotated[int, typer.Option(min=1, help="Calibration images (the paper: 1000).")] = 1000,
@@ -63,6 +63,9 @@ def chase(
         "stripped"
     ),
     per_token: Annotated[bool, typer.Option(help="Average over a sample's tokens where the paper sums.")] = False,
+    retention_images: Annotated[
+        int, typer.Option(min=0, help="Of the first so many images, also measure what heads hold; for waterfill.")
+    ] = 64,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of free running.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Of the generated images and the mixture.")] = 0,
@@ -74,7 +77,15 @@ def chase(
     """Score every head of a model by how often it looks at the word being written. A killed run goes on."""
     from sparsemm_lmms.visual_heads.chase import ChaseSettings, score_heads
 
-    settings = ChaseSettings(mode.value, views.value, token_text, batch_size, max_new_tokens, per_token)  # type: ignore[arg-type]
+    settings = ChaseSettings(
+        mode.value,
+        views.value,
+        token_text,  # type: ignore[arg-type]
+        batch_size,
+        max_new_tokens,
+        per_token,
+        retention_images,
+    )
     data = data or ("demo" if pretrained == "demo" else "generated")
     source = calibration_source(data, images, readings.value, prompt, seed)
     _, loaded, processor = named_model(model, pretrained, revision, device)
@@ -125,14 +136,17 @@ def budgets(
     kv_heads: Annotated[int, typer.Option(min=0, help="KV heads a layer; 0: from the file, else no grouping.")] = 0,
     prompt_length: Annotated[int, typer.Option(min=0, help="Clamp to a prompt of so many tokens; 0: don't.")] = 0,
     redistribute: Annotated[bool, typer.Option(help="Give what a head can't use to others (needs a prompt).")] = False,
+    method: Annotated[str, typer.Option(help="sparsemm, or another method of head scores.")] = "sparsemm",
     plot: Annotated[Path | None, typer.Option(help="Picture to draw (.png or .svg).")] = None,
 ) -> None:
-    """Show how many tokens SparseMM gives to each layer and kv head, and the sum against the nominal budget."""
+    """Show how many tokens each layer and kv head gets by its score, and the sum against the nominal budget."""
     from sparsemm_lmms.config import CompressionConfig
     from sparsemm_lmms.visual_heads.budget_table import budget_table
 
     scores = HeadScores.load(file)
-    config = CompressionConfig(budget=budget, window_size=window_size, ratio=ratio, redistribute=redistribute)
+    config = CompressionConfig(
+        method=method, budget=budget, window_size=window_size, ratio=ratio, redistribute=redistribute
+    )
     groups = kv_heads or int(scores.provenance.get("kv_heads") or scores.heads)
     table = budget_table(scores, groups, config, prompt_length or None)
     nominal = min(budget, prompt_length) if prompt_length else budget
@@ -149,7 +163,7 @@ def show(
     image: Annotated[str, typer.Option(help="Picture to ask about; demo:K for calibration page K of the demo.")],
     plot: Annotated[Path, typer.Option(help="Picture to draw (.png or .svg).")],
     question: Annotated[str, typer.Option(help="Question about it; default: the demo page's own.")] = "",
-    model: Annotated[ModelFamily, typer.Option(help="Family of the model.")] = DEFAULT_FAMILY,
+    model: Annotated[ModelFamily, typer.Option(help=f"Family of the model; {ANY}: any.")] = DEFAULT_FAMILY,
     pretrained: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     head_scores: Annotated[str, typer.Option(help="auto, a score file, random, ...")] = "auto",
@@ -201,17 +215,21 @@ def _picture(image: str, question: str) -> tuple[Any, str]:
 
 def named_model(family: ModelFamily, pretrained: str, revision: str, device: str) -> tuple[str, Any, Any]:
     """(path, model, processor) of ``--pretrained``, checked to be of ``--model``'s family."""
-    from sparsemm_lmms.visual_heads.resolve import load_model
+    from sparsemm_lmms.visual_heads.resolve import load_config, load_model
+    from sparsemm_lmms.visual_heads.token_grid import grid_for
 
     path = pretrained
     if pretrained == "demo":
         from sparsemm_lmms.demo import model_path
 
+        if family.value == ANY:
+            raise ValueError(f"--model {ANY} needs --pretrained: a Hugging Face id, or a folder.")
         path = str(model_path(family.value))
+    config = load_config(path, revision)
+    if family.value != ANY and config.model_type not in FAMILIES[family.value].architectures:
+        raise ValueError(f"{pretrained} is a {config.model_type} model, not {family.value}; set --model to it.")
+    grid_for(config)  # refused before any weight is read
     loaded, processor = load_model(path, revision, device or None)
-    found = loaded.config.model_type
-    if found != family.value:
-        raise ValueError(f"{pretrained} is a {found} model, not {family.value}; set --model to it.")
     return path, loaded, processor
 
 

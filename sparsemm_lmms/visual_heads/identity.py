@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,27 @@ def visible_files(folder: Path) -> list[Path]:
         if not any(part.startswith(".") or part in ("__pycache__", "site-packages") for part in parts):
             found += [file] if file.is_file() else []
     return sorted(found)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What was done to a checkpoint's weights when they were read.
+
+    Attributes:
+        quantization: how they were quantised, or None.
+        adapter: SHA-256 of the adapter that was put on them, or None.
+    """
+
+    quantization: str | None = None
+    adapter: str | None = None
+
+    def version(self, checkpoint: str) -> str:
+        """The version of the changed weights, from that of the checkpoint."""
+        adapter = None if self.adapter is None else f"adapter-{self.adapter[:12]}"
+        return "+".join(filter(None, [checkpoint, adapter, self.quantization]))
+
+
+UNCHANGED = Changes()
 
 
 def sample_sha256(sample: CalibrationSample | Skipped) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from sparsemm_lmms.json_files import LARGEST, checked, parse_json
 from sparsemm_lmms.visual_heads.identity import differing
 
@@ -139,7 +141,18 @@ class PartialResults:
         for name in ("score", "mass"):
             if [len(row) for row in record[name]] != [shape[1]] * shape[0]:
                 raise ValueError(f"{where}: {name} is no table of {shape[0]} x {shape[1]} numbers; {MEND}.")
+        if "held" in record:
+            self._check_held(record["held"], where)
         return record
+
+    def _check_held(self, held: Any, where: str) -> None:
+        shape = self.settings["layers"], self.settings["kv_heads"]
+        try:
+            table = np.array(held, dtype=np.float64)
+        except (TypeError, ValueError):
+            table = np.empty(0)
+        if table.ndim != 3 or table.shape[:2] != shape or not np.isfinite(table).all():
+            raise ValueError(f"{where}: held is no table of {shape[0]} x {shape[1]} curves of numbers; {MEND}.")
 
     def _write(self, *lines: dict[str, Any]) -> None:
         rest = b"".join(json.dumps(line).encode() + b"\n" for line in lines)

@@ -30,6 +30,7 @@ from loguru import logger
 from sparsemm_lmms.head_scores import HeadScores
 from sparsemm_lmms.visual_heads.chase import ChaseSettings, score_heads, text_shape
 from sparsemm_lmms.visual_heads.checkpoints import PACKAGED, checkpoint_version, full_name
+from sparsemm_lmms.visual_heads.identity import UNCHANGED, Changes
 from sparsemm_lmms.visual_heads.render import GeneratedPages
 
 WORDS = ("auto", "uniform", "random", "layer_mean", "permuted")
@@ -54,13 +55,15 @@ def resolve_head_scores(
     pages: int = AUTO_PAGES,
     progress: bool = True,
     foreign: bool = False,
+    changes: Changes = UNCHANGED,
 ) -> HeadScores:
     """Head scores for a model, checked against its shape and, where they tell, against the model they were found on.
 
     spec: see the module docstring. config: the model's config, or the content of its config.json. pretrained, revision:
     what ``from_pretrained`` gets. model, processor: used for chase if given, else loaded for it (on ``device``, default
     CUDA before CPU) and dropped. cache_dir: in place of the user cache. foreign: take a file that was made for another
-    model. Raises ValueError or FileNotFoundError, one sentence each.
+    model. changes: what was done to the weights of ``model``, which an adapter makes another model. Raises
+    ValueError or FileNotFoundError, one sentence each.
     """
     config = _as_config(config)
     layers, heads, _ = text_shape(config)
@@ -77,7 +80,7 @@ def resolve_head_scores(
             )
         base = resolve_head_scores(
             rest or "auto", config, pretrained, revision, seed=seed, model=model, processor=processor,
-            cache_dir=cache_dir, device=device, pages=pages, progress=progress, foreign=foreign,
+            cache_dir=cache_dir, device=device, pages=pages, progress=progress, foreign=foreign, changes=changes,
         )  # fmt: skip
         return base.layer_mean() if word == "layer_mean" else base.permuted(seed)
     if spec != "auto":
@@ -87,18 +90,18 @@ def resolve_head_scores(
                 "`sparsemm-lmms chase`."
             )
         scores = _checked(HeadScores.load(spec), config, pretrained)
-        _check_origin(scores, spec, config, pretrained, revision, foreign)
+        _check_origin(scores, spec, config, pretrained, revision, foreign, changes)
         if foreign:  # `compress` looks at the kind of model again
             scores = replace(scores, provenance={**scores.provenance, "model_type": None})
         return scores
     packaged = os.path.join(pretrained, PACKAGED)
-    if os.path.isfile(packaged):
+    if os.path.isfile(packaged) and changes.adapter is None:
         return _checked(HeadScores.load(packaged), config, pretrained)
     try:
-        cached = cache_file(config, pretrained, revision, cache_dir)
+        cached = cache_file(config, pretrained, revision, cache_dir, changes)
 
         def make() -> None:
-            _make(cached, pretrained, revision, model, processor, device, pages, progress)
+            _make(cached, pretrained, revision, model, processor, device, pages, progress, changes)
 
         _make_once(cached, pretrained, make)
     except OSError as error:
@@ -116,14 +119,18 @@ def resolve_head_scores(
 
 
 def cache_file(
-    config: Any, pretrained: str, revision: str | None = "main", cache_dir: str | os.PathLike[str] | None = None
+    config: Any,
+    pretrained: str,
+    revision: str | None = "main",
+    cache_dir: str | os.PathLike[str] | None = None,
+    changes: Changes = UNCHANGED,
 ) -> Path:
-    """Where ``auto`` keeps the scores of this model, revision and shape."""
+    """Where ``auto`` keeps the scores of this model, revision, changes of its weights, and shape."""
     from huggingface_hub import cached_assets_path
 
     config = _as_config(config)
     layers, heads, _ = text_shape(config)
-    name, version = pretrained, checkpoint_version(pretrained, revision, config)
+    name, version = pretrained, changes.version(checkpoint_version(pretrained, revision, config))
     if os.path.isdir(pretrained):
         name = str(Path(pretrained).resolve())
     readable = "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{Path(name).name}-{version}")[:80]
@@ -151,7 +158,13 @@ def _as_config(config: Any) -> Any:
 
 
 def _check_origin(
-    scores: HeadScores, spec: str, config: Any, pretrained: str, revision: str | None, foreign: bool
+    scores: HeadScores,
+    spec: str,
+    config: Any,
+    pretrained: str,
+    revision: str | None,
+    foreign: bool,
+    changes: Changes,
 ) -> None:
     """Refuse scores whose provenance names another model; warn where the same one has changed since."""
     model, kind, there = (scores.provenance.get(name) for name in ("model", "model_type", "checkpoint"))
@@ -160,15 +173,20 @@ def _check_origin(
     if model is None and kind is None:
         return
     here = checkpoint_version(pretrained, revision, config)
+    adapter = scores.provenance.get("adapter")
     same_kind = kind in (None, config.model_type)
     same_name = model is None or full_name(str(model)) == full_name(pretrained)
     if there is not None:
         same_name &= scores.provenance.get("revision") in (None, revision)
-    if same_kind and (there == here or (same_name and there is None)):
+    same_adapter = adapter == changes.adapter
+    if same_kind and same_adapter and (there == here or (same_name and there is None)):
         return
-    found = f"{model or 'another model'}{'' if kind is None else f' ({kind})'}"
-    told = f"head_scores={spec} were found on {found}, and the model is {pretrained} ({config.model_type})"
-    if same_kind and same_name:
+    found = f"{model or 'another model'}{'' if kind is None else f' ({kind})'}{_with(adapter)}"
+    told = (
+        f"head_scores={spec} were found on {found}, and the model is {pretrained} ({config.model_type})"
+        f"{_with(changes.adapter)}"
+    )
+    if same_kind and same_name and same_adapter:
         logger.warning(
             f"{told} whose files have changed since (checkpoint {there} there, {here} now): make the scores anew with "
             "`sparsemm-lmms chase --overwrite` if its weights are others."
@@ -180,6 +198,10 @@ def _check_origin(
             f"{told}: make scores for this model with `sparsemm-lmms chase`, or set foreign_head_scores=true to use "
             "these all the same."
         )
+
+
+def _with(adapter: str | None) -> str:
+    return "" if adapter is None else f" with the adapter {adapter[:12]}"
 
 
 def _checked(scores: HeadScores, config: Any, pretrained: str) -> HeadScores:
@@ -216,6 +238,7 @@ def _make(
     device: str | None,
     pages: int,
     progress: bool,
+    changes: Changes,
 ) -> None:
     logger.info(
         f"No head scores for {pretrained} yet: finding its visual heads on {pages} generated pages, one forward pass "
@@ -226,22 +249,34 @@ def _make(
         model, processor = load_model(pretrained, revision, device)
     score_heads(
         model, processor, GeneratedPages(pages, seed=0, readings="mixture"), cached, AUTO_SETTINGS,
-        model_id=pretrained, revision=revision, progress=progress, overwrite=True,
+        model_id=pretrained, revision=revision, progress=progress, overwrite=True, changes=changes,
     )  # fmt: skip
 
 
+def load_config(pretrained: str, revision: str | None = None) -> Any:
+    """The config of a checkpoint."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(pretrained, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise _not_loaded(pretrained, error) from error
+
+
 def load_model(pretrained: str, revision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
-    """(model in evaluation mode on the device, processor); sdpa attention, the checkpoint's own dtype."""
+    """(model in evaluation mode on the device, processor); sdpa attention where it can, the checkpoint's own dtype."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         processor = AutoProcessor.from_pretrained(pretrained, revision=revision or "main")
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            pretrained, revision=revision or "main", dtype="auto", attn_implementation="sdpa"
-        )
+        model: Any = AutoModelForImageTextToText.from_pretrained(pretrained, revision=revision or "main", dtype="auto")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{pretrained} could not be loaded to find its visual heads: {reason}") from error
+        raise _not_loaded(pretrained, error) from error
     return model.to(place).eval(), processor
+
+
+def _not_loaded(pretrained: str, error: Exception) -> ValueError:
+    reason = str(error).strip().split("\n")[0]
+    return ValueError(f"{pretrained} could not be loaded to find its visual heads: {reason}")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sparsemm_lmms.config import CompressionConfig
 from sparsemm_lmms.head_scores import HeadScores
-from sparsemm_lmms.visual_heads.attention import Watcher, step_weights, watch
+from sparsemm_lmms.visual_heads.attention import Logits, Watcher, step_weights, watch
 from sparsemm_lmms.visual_heads.chase import text_shape
 from sparsemm_lmms.visual_heads.inputs import make_batch
 from sparsemm_lmms.visual_heads.passes import GREEDY, end_tokens, pad_token
@@ -53,12 +53,12 @@ class _Rows(Watcher):
         self.steps: list[dict[Head, np.ndarray]] = []
 
     def look(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, logits: Logits
     ) -> None:
         if layer == 0:
             self.steps.append({})
         if any(chosen == layer for chosen, _ in self.heads):
-            weights = step_weights(query, key, mask, scaling)[0, :, 0, : self.words.shape[-1]]
+            weights = step_weights(query, key, mask, logits)[0, :, 0, : self.words.shape[-1]]
             for chosen, head in self.heads:
                 if chosen == layer:
                     self.steps[-1][chosen, head] = weights[head].cpu().numpy()

@@ -6,7 +6,8 @@ A visual head is found by asking whether the image token it attends to lies on t
 * ``anyres``: base view (whole image, stretched), then the any-resolution tiles with padding removed, row by row,
   each row ended by a newline token (LLaVA-NeXT, LLaVA-OneVision with its pooling).
 * ``fixed``: one picture of a size that does not depend on the image (LLaVA-1.5, PaliGemma).
-* ``patches``: ``grid_thw`` after the spatial merge, frame group by frame group (Qwen-VL); images and videos.
+* ``patches``: patches of the resized image after their merge (Qwen-VL, GLM-V, Gemma 4), and of videos frame group by
+  frame group (Qwen2-VL, Qwen2.5-VL).
 * ``rows``: one picture of the image's shape, a token between its rows (Mistral 3, Pixtral).
 * ``tiles``: the image cut into tiles, and the whole as a thumbnail (InternVL, Idefics3 and SmolVLM, Gemma 3).
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.families import FAMILIES, family_for
 from sparsemm_lmms.visual_heads.grids.anyres import AnyresGrid
 from sparsemm_lmms.visual_heads.grids.base import BASE, HIGH, NEWLINE, GridFamily, TokenGrid, Views
 from sparsemm_lmms.visual_heads.grids.fixed import FixedGrid
@@ -40,18 +41,38 @@ GRIDS: dict[str, type] = {
 """Kind of grid, as families name it."""
 
 
+def kind_of(config: Any) -> str | None:
+    """The kind of grid of a model type without a family, where its config tells; else None.
+
+    A vision tower with ``spatial_merge_size`` merges neighbouring patches of one resized picture, row by row.
+    """
+    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+    return "patches" if isinstance(merge, int) and _tokens(config) else None
+
+
+def _tokens(config: Any) -> list[int]:
+    """Ids of the image token and, where there is one, the video token, by transformers' usual names."""
+    found = [[getattr(config, f"{media}_token_{end}", None) for end in ("id", "index")] for media in ("image", "video")]
+    ids = [next((value for value in values if isinstance(value, int)), None) for values in found]
+    return [] if ids[0] is None else [value for value in ids if value is not None]
+
+
 def grid_for(config: Any) -> GridFamily:
-    """The token grid of a model, by its config's ``model_type``.
+    """The token grid of a model, by its config's ``model_type``, or by ``kind_of`` where that is no family's.
 
     Raises:
         ValueError: for a model type without one.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None or family.grid is None:
-        known = [name for name, other in FAMILIES.items() if other.grid is not None]
-        raise ValueError(f"No token grid for model type {config.model_type!r}; known are {', '.join(known)}.")
-    if family.grid not in GRIDS:
-        raise ValueError(f"The grid {family.grid!r} of {family.model_type} is unknown; known are {', '.join(GRIDS)}.")
+    family = family_for(config.model_type)
+    grid = kind_of(config) if family is None else family.grid
+    if grid is None:
+        known = [name for other in FAMILIES.values() if other.grid is not None for name in other.architectures]
+        raise ValueError(
+            f"No token grid for model type {config.model_type!r}, so nothing tells what its image tokens show "
+            f"and its visual heads cannot be found (use head_scores=PATH); known are {', '.join(known)}."
+        )
+    if grid not in GRIDS:
+        raise ValueError(f"The grid {grid!r} of {config.model_type} is unknown; known are {', '.join(GRIDS)}.")
     # LLaVA's class around Pixtral's vision tower: the pictures are Pixtral's.
-    kind = "rows" if config.vision_config.model_type == "pixtral" else family.grid
-    return GRIDS[kind](config, family.vision_ids(config))
+    kind = "rows" if config.vision_config.model_type == "pixtral" else grid
+    return GRIDS[kind](config, _tokens(config) if family is None else family.vision_ids(config))

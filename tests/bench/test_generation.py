@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsemm_lmms.bench import compression, generation, kernels, memory, speed
+from sparsemm_lmms.bench import compression, generation, kernels, memory, scorers, speed
 from sparsemm_lmms.bench.measure import Spread, rotated, streamed_bytes, write_row
 from sparsemm_lmms.bench.presets import PRESETS, build, config_of, prompt
 from sparsemm_lmms.bench.runs import Variant, generate
+from sparsemm_lmms.cache import CACHE_NAME
+from sparsemm_lmms.registry import scorer_names
+from sparsemm_lmms.session import attention_shape
+
+from ..core import test_hybrid
 
 TINY = ["tiny-llava-next", "tiny-qwen2-vl"]
 CPU = torch.device("cpu")
@@ -41,6 +46,30 @@ def test_order_does_not_matter_and_tokens_are_those_of_stock(tiny, name):
     assert runs[0][2] == runs[2][2]  # 300 + 11 tokens of every head, whoever stores them
     assert runs[1][1] < runs[0][1] / 3
     assert not model._forward_pre_hooks and model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5_text", "gemma3n_text"])
+def test_bytes_of_models_with_other_layers(kind):
+    """All layers count: the full ones grow, a window of 16 holds 15 tokens, a state what it holds."""
+    model, new = test_hybrid.build(kind), 12
+    inputs = test_hybrid.prompt(model, (45, 45))
+    runs = {name: generate(model, inputs, Variant(name), 40, new) for name in ("fullkv", "stock", "snapkv")}
+    shape = attention_shape(model.config)
+    layers, row = shape.num_layers, 2 * 2 * shape.kv_heads * 8 * 4  # keys and values, two sequences, float32
+    states = [
+        x.numel() * x.element_size()
+        for layer in model.generate(**inputs, max_new_tokens=new, return_dict_in_generate=True)[CACHE_NAME].layers
+        for held in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {}))
+        for x in held.values()
+    ]
+    windows = {"gemma3": 2, "gemma3n_text": 2, "qwen3_5_text": 0}[kind]
+    others = row * windows * 15 + sum(states)
+    assert bool(states) == (kind == "qwen3_5_text")
+    used, ideal = (layers * row * tokens + others for tokens in (45 + new - 1, 45 + new))
+    assert runs["fullkv"].kv_used == runs["stock"].kv_used == used
+    assert runs["fullkv"].kv_ideal == runs["stock"].kv_ideal == ideal
+    assert runs["snapkv"].kv_used == layers * row * (40 + new - 1) + others
+    assert torch.equal(runs["fullkv"].tokens, runs["stock"].tokens)
 
 
 def test_decode_rows(tmp_path, capsys):
@@ -135,6 +164,18 @@ def test_compression_keeps_what_the_research_code_keeps(tmp_path):
     )
     with pytest.raises(RuntimeError, match="keep different tokens"):
         compression.check_same_tokens(layer, torch.zeros(2, 8), torch.ones(2, 8), torch.tensor([0, 2]))
+
+
+def test_every_scorer_is_timed_beside_snapkv(tmp_path, capsys):
+    rows = scorers.measure(4, 300, 16, 64, 2, "cpu", "", tmp_path / "s.jsonl")
+    assert [row.scorer for row in rows[:-1]] == sorted(scorer_names(), key=lambda name: name != "window_attention")
+    printed = capsys.readouterr().out
+    assert all(row.ms.median > 0 and row.peak_bytes > 0 and row.scorer in printed for row in rows)
+    by_name = {row.scorer: row for row in rows}
+    assert by_name["window_attention"].ratio == by_name["window_attention"].ratio_of_bytes == 1
+    assert by_name["recency"].peak_bytes <= by_name["window_attention"].peak_bytes
+    assert by_name["window_attention"].peak_bytes < by_name["expected_attention"].peak_bytes  # covariances
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_kernels_run_on_a_cpu(tmp_path, capsys):

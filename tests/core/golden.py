@@ -45,3 +45,37 @@ def expected(case: dict[str, Any]) -> list[list[int]]:
     """Kept positions of each kv head, ascending."""
     kept, lens = arrays()[case["arrays"]["kept"]], arrays()[case["arrays"]["lens"]]
     return [part.tolist() for part in np.split(kept, np.cumsum(lens)[:-1])]
+
+
+class Scored:
+    """One case of `scorers.json`: its tensors in float32, and its entries."""
+
+    def __init__(self, folder: Path, case: dict[str, Any]) -> None:
+        self.case, self.entries = case, case["methods"]
+        self.arrays = _load(folder / "scorers.npz")
+        names = ("window_size", "budget", "kernel_size", "pooling", "gqa_func")
+        self.settings = {name: case[name] for name in names}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[name].astype(np.float32))
+
+    @property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Query, key and value of each layer; the value is that of the first in all of them."""
+        name, value = self.case["id"], self.tensor(f"{self.case['id']}.v0")
+        return [(self.tensor(f"{name}.q{i}"), self.tensor(f"{name}.k{i}"), value) for i in range(self.case["layers"])]
+
+    def more(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """The settings of one entry alone."""
+        return {"h": self.tensor(entry["h"])} if "h" in entry else {}
+
+
+@cache
+def _load(path: Path) -> Any:
+    return np.load(path)
+
+
+def scored() -> list[Scored]:
+    """All cases where they are at hand, else those that are shipped."""
+    folder = SHARED / "scorers" if (SHARED / "scorers").is_dir() else HERE
+    return [Scored(folder, case) for case in json.loads((folder / "scorers.json").read_text())["cases"]]

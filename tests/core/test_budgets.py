@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sparsemm_lmms import head_budgets, kept_positions
 from sparsemm_lmms.budgets import pyramid_capacities_exact, spend_exactly, visual_shares
 from sparsemm_lmms.methods import METHODS
+from sparsemm_lmms.retention import Retention
 
 tables = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31)).map(
     lambda t: (np.random.default_rng(t[3]).random((t[0], t[1] * t[2])) ** 4, t[1])
@@ -78,6 +79,8 @@ def test_kept_positions_hold_for_any_prompt(shape, method, budget, redistribute)
     rows = kept_positions(
         method, query, key, budget=budget, num_layers=2, layer_idx=1, window_size=4, kernel_size=3,
         head_scores=scores if METHODS[method].needs_head_scores else None, redistribute=redistribute,
+        retention=Retention.random(2, kv_heads * groups, seed), earlier=[(query, key, key)],
+        value=torch.randn(kv_heads, n, 8, generator=generator),
     )  # fmt: skip
     assert len(rows) == kv_heads
     for row in rows:

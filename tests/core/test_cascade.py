@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsemm_lmms import CompressionConfig, compress
+from sparsemm_lmms import CompressionConfig, cache, compress
 from sparsemm_lmms.allocators.base import Allocator, Shape
+from sparsemm_lmms.bench.tensor_log import TensorLog
 from sparsemm_lmms.cache import CACHE_NAME
 from sparsemm_lmms.scorers.base import LayerView
 
@@ -65,11 +66,11 @@ MASK = torch.ones_like(IDS)
 MASK[1, :25] = 0
 
 
-def held(cache: Any) -> list[Any]:
+def held(made: Any) -> list[Any]:
     """Positions and rows of every head."""
     found = []
-    for i, layer in enumerate(cache.layers):
-        for b, row in enumerate(cache.kept_positions(i)):
+    for i, layer in enumerate(made.layers):
+        for b, row in enumerate(made.kept_positions(i)):
             for h, positions in enumerate(row):
                 start, length = int(layer.start[b, h]), int(layer.length[b, h])
                 found.append((positions.tolist(), layer.keys[start : start + length].tolist()))
@@ -88,13 +89,17 @@ def test_even_shares_are_snapkv(model: LlamaForCausalLM, monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
-def test_layers_end_with_what_the_whole_model_decides(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1, 200, 2**24])  # bytes: a row, 6 rows, all
+def test_layers_end_with_what_the_whole_model_decides(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     """Shrunk step by step, each layer holds what it would hold had its last count been known from the start."""
+    monkeypatch.setattr(cache, "CHUNK_BYTES", chunk)
     plugin(monkeypatch, "allocators", "mass", Mass)
     with compress(model, CompressionConfig(method="window_attention+mass", **SETTINGS)) as session:
         model(IDS, attention_mask=MASK)
         counts = session.cache.kept_per_head().numpy() - 4
-        found = held(session.cache)
+        found, bytes_of_all = held(session.cache), session.cache.report()["kv_bytes_allocated"]
         tokens = session.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=6, do_sample=False)
         stock = model.generate(IDS, attention_mask=MASK, max_new_tokens=6, do_sample=False)
         alone = model.generate(IDS[1:, 25:], max_new_tokens=6, do_sample=False)
@@ -110,6 +115,48 @@ def test_layers_end_with_what_the_whole_model_decides(model: LlamaForCausalLM, m
     with compress(model, CompressionConfig(method="window_attention+known", **SETTINGS)) as session:
         model(IDS, attention_mask=MASK)
         assert held(session.cache) == found
+        assert session.cache.report()["kv_bytes_allocated"] == bytes_of_all == (counts + 4 + 128).sum() * 2 * 8 * 4
+
+
+class Rows(TensorLog):
+    """Of the tensors that are made, those that are no indices."""
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.is_floating_point():
+            super()._see(tensor)
+
+
+@torch.no_grad()
+def test_stores_shrink_where_they_lie(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of rows beside the store, its address kept until half is free; in the end no store has a free row."""
+    chunk, seen = 400, []
+    monkeypatch.setattr(cache, "CHUNK_BYTES", chunk)
+    plugin(monkeypatch, "allocators", "mass", Mass)
+    stock = cache.RaggedLayer.shrink
+
+    def shrink(layer: cache.RaggedLayer, *args: Any) -> Any:
+        before, rows = layer.keys, layer.keys.shape[0]
+        with Rows() as log:
+            kept = stock(layer, *args)
+        used = int((layer.length + layer.headroom).sum())
+        assert layer.keys.shape[0] == (rows if 2 * used >= rows else used)
+        seen.append(layer.keys is before)
+        if layer.keys is before:
+            assert log.peak <= chunk
+        else:
+            assert log.peak <= layer.keys.nbytes + layer.values.nbytes + chunk
+        return kept
+
+    monkeypatch.setattr(cache.RaggedLayer, "shrink", shrink)
+    with compress(model, CompressionConfig(method="window_attention+mass", **SETTINGS)) as session:
+        made = session.new_cache(2)
+        model(IDS, attention_mask=MASK, **{CACHE_NAME: made})
+        for layer in made.layers:
+            ends = (layer.start + layer.capacity).flatten()
+            assert layer.keys.shape[0] == layer.values.shape[0] == ends[-1] == (layer.length + 2).sum()
+            assert torch.equal(ends[:-1], layer.start.flatten()[1:])
+            assert layer.plan is not None
+    assert len(seen) == 6 and {True, False} == set(seen)
 
 
 @torch.no_grad()
@@ -119,12 +166,12 @@ def test_a_conversation_is_compressed_again(model: LlamaForCausalLM, monkeypatch
     found = {}
     for method in ("snapkv", "window_attention+even", "window_attention+mass"):
         with compress(model, CompressionConfig(method=method, **SETTINGS)):
-            cache = model(IDS[:1])[CACHE_NAME]
-            cache.compress_next = True
-            model(IDS[1:, :9], **{CACHE_NAME: cache})
-            kept = cache.kept_per_head()[:, 0].float().mean(1)
-            found[method] = held(cache), kept
-            assert cache.layers[0].prompt_lengths == (69,)
+            made = model(IDS[:1])[CACHE_NAME]
+            made.compress_next = True
+            model(IDS[1:, :9], **{CACHE_NAME: made})
+            kept = made.kept_per_head()[:, 0].float().mean(1)
+            found[method] = held(made), kept
+            assert made.layers[0].prompt_lengths == (69,)
     assert found["snapkv"][0] == found["window_attention+even"][0]
     assert len(found["window_attention+mass"][1].unique()) > 1
 

@@ -387,7 +387,7 @@ def test_a_cache_that_moved_is_noticed(loaded):
         cache.reserve(100)
         with pytest.raises(RuntimeError, match="moved under a captured decode step"):
             replay()
-        replay.forget()
+        replay.look_again()
         replay()
 
 

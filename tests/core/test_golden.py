@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +11,20 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsemm_lmms import CompressionConfig, HeadScores, RaggedCache, compress, head_budgets, kept_positions
+from sparsemm_lmms import (
+    CompressionConfig,
+    HeadScores,
+    RaggedCache,
+    compress,
+    head_budgets,
+    kept_positions,
+    token_scores,
+)
 from sparsemm_lmms.methods import LayerPrompt, Model
-from sparsemm_lmms.selection import build_method
+from sparsemm_lmms.selection import _Judged, build_method
+from tests.kernels import naive
 
-from . import golden
+from . import golden, slow
 
 
 def test_all_cases_are_here() -> None:
@@ -48,9 +58,29 @@ class _Given(nn.Module):
 
 
 class _NoRotation(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ones = torch.ones(1, position_ids.shape[-1], 16)
+        ones = torch.ones(1, position_ids.shape[-1], self.dim)
         return ones, torch.zeros_like(ones)
+
+
+def given(layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> LlamaForCausalLM:
+    """A Llama whose layers' attention receives these queries, keys and (where not None) values."""
+    (q_heads, _, dim), kv_heads = layers[0][0].shape, layers[0][1].shape[0]
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=dim * q_heads, intermediate_size=16, num_hidden_layers=len(layers), head_dim=dim,
+        num_attention_heads=q_heads, num_key_value_heads=kv_heads, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.model.rotary_emb = _NoRotation(dim)
+    for layer, (query, key, value) in zip(model.model.layers, layers, strict=True):
+        layer.self_attn.q_proj, layer.self_attn.k_proj = _Given(query), _Given(key)
+        if value is not None:
+            layer.self_attn.v_proj = _Given(value)
+    return model
 
 
 @pytest.mark.parametrize("case", golden.CASES, ids=lambda case: case["id"])
@@ -58,14 +88,7 @@ def test_model_cache(case) -> None:
     """The same through a Llama whose attention receives the given queries and keys in every layer."""
     query, key = golden.inputs(case)
     layers = case.get("num_hidden_layers", 1)
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=16 * case["q_heads"], intermediate_size=16, num_hidden_layers=layers, head_dim=16,
-        num_attention_heads=case["q_heads"], num_key_value_heads=case["kv_heads"], max_position_embeddings=2048,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    model.model.rotary_emb = _NoRotation()
-    for layer in model.model.layers:
-        layer.self_attn.q_proj, layer.self_attn.k_proj = _Given(query), _Given(key)
+    model = given([(query, key, None)] * layers)
     values = golden.head_scores(case)
     compression = CompressionConfig(method=case["method"], **golden.settings(case))
     with torch.no_grad(), compress(model, compression, None if values is None else HeadScores(values)) as session:
@@ -77,6 +100,84 @@ def test_model_cache(case) -> None:
         for head, row in enumerate(got):  # the store holds the keys of exactly these positions
             start = int(layer.start[0, head])
             torch.testing.assert_close(layer.keys[start : start + len(row)], key[head, row], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", golden.scored(), ids=lambda case: case.case["id"])
+def test_scorers(case: golden.Scored, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores within 1e-5 and positions exactly, by the study functions and in a model, whose cache must give both."""
+    layers, seen = case.layers, []
+    scored = _Judged.ranked
+    monkeypatch.setattr(
+        _Judged, "ranked", lambda self, outside: seen.append(scored(self, outside)[0]) or seen[-1][None]
+    )
+    for entry in case.entries:
+        name, i, more = entry["method"], entry["layer_idx"], case.more(entry)
+        scores, kept = case.tensor(entry["score"]), case.tensor(entry["kept"]).long().tolist()
+        told = token_scores(name, layers[: i + 1], **case.settings, **more)[i]
+        torch.testing.assert_close(told, scores, rtol=0, atol=1e-5)
+        place = {"layer_idx": i, "num_layers": len(layers), "earlier": layers[:i], "value": layers[i][2]}
+        got = kept_positions(f"{name}+uniform", *layers[i][:2], **place, **case.settings, **more)
+        assert [row.tolist() for row in got] == kept
+        if i in (0, len(layers) - 1):  # a pass through a model shows all of its layers
+            seen.clear()
+            config = CompressionConfig(method=f"{name}+uniform", **case.settings, **more)
+            with torch.no_grad(), compress(given(layers[: i + 1]), config) as session:
+                session.model(torch.zeros(1, layers[0][0].shape[1], dtype=torch.long))
+                got = session.cache.kept_positions(i)[0]
+            assert [row.tolist() for row in got] == kept
+            torch.testing.assert_close(seen[i], scores, rtol=0, atol=1e-5)
+        if "online_h" in entry:
+            online, table = (
+                token_scores(name, layers[:1], **case.settings, h=h)[0]
+                for h in ("online", case.tensor(entry["online_h"]))
+            )
+            torch.testing.assert_close(online, table, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", golden.scored(), ids=lambda case: case.case["id"])
+def test_adakv_shares_by_attention_and_picks_by_the_score(case: golden.Scored) -> None:
+    settings, layers = case.settings, case.layers
+    config = CompressionConfig(method="adakv", **settings)
+    model = Model(len(layers), layers[0][0].shape[0], layers[0][1].shape[0])
+    for entry in case.entries[:: len(layers) - 1]:
+        name, i = entry["method"], entry["layer_idx"]
+        if name == "keydiff":  # which does not say how heads compare
+            continue
+        query, key, value = layers[i]
+        attention = naive.window_score(
+            query[None, :, -config.window_size :], key[None], key.shape[-1] ** -0.5, config.kernel_size,
+            config.pooling, config.gqa_func,
+        )[0]  # fmt: skip
+        length = attention.shape[1]
+        counts = slow.capacities(config, model, None, i, attention.tolist(), length)
+        score = case.tensor(entry["score"])
+        wanted = [sorted(row.argsort(descending=True)[:c].tolist()) for row, c in zip(score, counts, strict=True)]
+        place = {"layer_idx": i, "num_layers": len(layers), "earlier": layers[:i], "value": value}
+        got = kept_positions(f"{name}+adakv", query, key, **place, **settings, **case.more(entry))
+        assert [row[: row.numel() - config.window_size].tolist() for row in got] == wanted
+
+
+def turn(places: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = places[..., None].float() * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+    return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+
+
+def test_what_kvpress_computes() -> None:
+    """Expected Attention and CriticalKV."""
+    arrays = np.load(golden.HERE / "kvpress.npz")
+    for case in json.loads((golden.HERE / "kvpress.json").read_text()):
+        query, key, value, output = (torch.from_numpy(arrays[f"{case['id']}.{x}"].astype(np.float32)) for x in "qkvo")
+        cos, sin = turn(torch.arange(query.shape[1]), query.shape[2])
+        query, key = (x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (query, key))
+        common = {"budget": case["budget"], "window_size": case["window_size"]}
+        more = common | {"rotary": partial(turn, dim=query.shape[2])}
+        scores = token_scores("expected_attention", [(query, key, value)], **more)[0]
+        wanted = torch.from_numpy(arrays[f"{case['id']}.expected"])
+        torch.testing.assert_close(scores[:, 4:], wanted, rtol=0, atol=1e-5)
+        kept = torch.stack(kept_positions("expected_attention", query, key, value=value, **more))
+        assert np.array_equal(kept, arrays[f"{case['id']}.expected_kept"])
+        kept = torch.stack(kept_positions("snapkv", query, key, value=value, output=output, critical=True, **common))
+        assert np.array_equal(kept, arrays[f"{case['id']}.critical_kept"])
 
 
 def prompt(layer_idx: int) -> LayerPrompt:

@@ -15,7 +15,7 @@ from sparsemm_lmms.methods import METHODS
 from tests.wrappers import tiny
 
 FAMILIES = ("llava_next", "qwen2_vl")
-COMPRESSING = [name for name, method in METHODS.items() if method.compresses]
+COMPRESSING = [name for name in tiny.REPRESENTATIVE if METHODS[name].compresses]
 SMALL = {"window_size": 4, "kernel_size": 3}
 PROMPTS = [
     ([0], "What is written in the second line?"),
@@ -199,7 +199,7 @@ def test_compressed_again_is_compressed_at_once(loaded, method):
             assert report["kv_bytes_full"] == before * (first + later.shape[1]) / first
             assert all((layer.length.numpy() == layer.kept + layer.appended).all() for layer in cache.layers)
             assert not cache.step.compress or method == "fullkv" or int(kept.max()) <= first + later.shape[1]
-            if method == "fullkv":
+            if method in ("fullkv", "expected_attention"):  # which evicts nothing; which needs all queries
                 continue
             for one, other in zip(at_once, again, strict=True):
                 assert [row.tolist() for row in one] == [row.tolist() for row in other]

@@ -12,7 +12,11 @@ from sparsemm_lmms.demo.metrics import character_accuracy
 from sparsemm_lmms.demo.pages import GRIDS
 from sparsemm_lmms.demo.questions import KINDS
 
-CLASSES = {"llava_next": "LlavaNextForConditionalGeneration", "qwen2_vl": "Qwen2VLForConditionalGeneration"}
+CLASSES = {
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -23,7 +27,7 @@ def loaded(request):
 def test_models_are_small():
     folders = [Path(model_path(family)) for family in FAMILIES]
     assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) < 20e6
-    with pytest.raises(ValueError, match="known: llava_next, qwen2_vl"):
+    with pytest.raises(ValueError, match="known: llava_next, qwen2_vl, internvl"):
         model_path("gpt")
 
 
@@ -32,7 +36,7 @@ def test_the_real_classes(loaded):
     assert type(model).__name__ == CLASSES[family]
     text = model.config.text_config
     group = text.num_attention_heads // text.num_key_value_heads
-    assert group == 1 if family == "llava_next" else group >= 2
+    assert group == (2 if family == "qwen2_vl" else 1)
     assert processor.tokenizer.padding_side == "left"
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
 

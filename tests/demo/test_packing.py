@@ -8,9 +8,11 @@ from sparsemm_lmms.demo import FAMILIES
 from sparsemm_lmms.demo.architecture import build_model, build_processor
 from sparsemm_lmms.demo.data import sample
 from sparsemm_lmms.demo.forward import ATTENTION, embed, image_features, logits
-from sparsemm_lmms.demo.packing import Packer, collate, frame
+from sparsemm_lmms.demo.glyphs import CELL
+from sparsemm_lmms.demo.packing import Packer, collate, frame, image_items
 from sparsemm_lmms.demo.pages import GRIDS
 from sparsemm_lmms.demo.questions import KINDS
+from sparsemm_lmms.visual_heads.token_grid import grid_for
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -71,5 +73,22 @@ def test_dropping_blanks_moves_nothing(setup):
     assert len(kept) < len(places) / 2
     assert [places[i] for i in kept] == part.positions[:, part.image].T.tolist()
     assert part.turns[0].start == full.turns[0].start
-    if packer.family == "qwen2_vl":
-        assert set(np.flatnonzero(s.page.cells.ravel())) <= set(kept)
+    items = image_items(packer.family, s.page.rows, s.page.cols)
+    assert set(np.flatnonzero(s.page.cells.ravel())) <= set(items[kept])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_packing_and_the_token_grid_name_the_same_cells(setup, grid):
+    """What training calls the token of a cell is what `chase` counts as the token of the character there."""
+    family, model, processor, _ = setup
+    s = sample("all", 7, "heldout", 1, grid)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.question}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=[s.image], text=[text], return_tensors="pt")
+    [tokens] = grid_for(model.config).grids(inputs, [s.image.size], processor=processor)
+    items = image_items(family, *grid)
+    assert len(items) == len(tokens.positions)
+    for character in s.characters:
+        column, row = (v // CELL for v in character["box"][:2])
+        [place] = tokens.inside(character["box"])
+        assert items[np.searchsorted(tokens.positions, place)] == row * s.page.cols + column

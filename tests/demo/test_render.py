@@ -8,8 +8,9 @@ import torch
 
 from sparsemm_lmms.demo import FAMILIES
 from sparsemm_lmms.demo.align import random_tiles, tile_features
-from sparsemm_lmms.demo.architecture import TILE, build_model, build_processor
+from sparsemm_lmms.demo.architecture import SQUARE, TILE, build_model, build_processor
 from sparsemm_lmms.demo.data import sample, samples, stream
+from sparsemm_lmms.demo.forward import image_features
 from sparsemm_lmms.demo.glyphs import CELL
 from sparsemm_lmms.demo.pages import FORMS, GRIDS, SYMBOLS, sample_page
 from sparsemm_lmms.demo.questions import KINDS, KINDS_OF_FORM, answers
@@ -42,7 +43,7 @@ def test_high_resolution_tiles_are_the_image(grid):
 def test_alignment_tiles_are_seen_as_in_a_prompt(family):
     torch.set_num_threads(1)
     model = build_model(family).eval()
-    tiles, _ = random_tiles(np.random.default_rng(0), 2)
+    tiles, _ = random_tiles(np.random.default_rng(0), 2, SQUARE if family == "internvl" else TILE)
     got = tile_features(model, tiles)
     images = [np.repeat(t[..., None], 3, -1) for t in tiles]
     if family == "llava_next":  # an image of one tile is no pinpoint: compare with the tower on normalised pixels
@@ -51,7 +52,7 @@ def test_alignment_tiles_are_seen_as_in_a_prompt(family):
         want = model.model.multi_modal_projector(hidden)
     else:
         inputs = build_processor(family).image_processor(images=images, return_tensors="pt")
-        want = torch.stack(list(model.get_image_features(**inputs).pooler_output))
+        want = image_features(model, inputs)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 

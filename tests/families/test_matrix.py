@@ -1,75 +1,107 @@
-"""Every built-in family on a tiny random checkpoint: full budget is stock, a small one keeps what it says."""
+"""The matrix of `sparsemm-lmms families --check`: its quick part whole, each other column on some of the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.smolvlm import processing_smolvlm as smolvlm
+from typer.testing import CliRunner
 
-from sparsemm_lmms import CompressionConfig, compress
-from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.cli import app
+from sparsemm_lmms.families import FAMILIES, family_for
 from sparsemm_lmms.model_wrappers.arguments import RunOptions
-from sparsemm_lmms.model_wrappers.engine import Engine
-from sparsemm_lmms.model_wrappers.loading import load_checkpoint, read_config
+from sparsemm_lmms.model_wrappers.loading import find_family, load_checkpoint, read_config
+from sparsemm_lmms.model_wrappers.matrix import checks, makers
+from sparsemm_lmms.model_wrappers.matrix.commands import table
 
-from ..wrappers.conftest import conversation, png, task  # noqa: F401  (a fixture)
-from ..wrappers.test_evaluate import evaluate
-from . import makers
+from ..vlmevalkit.conftest import IS_REAL
 
-BUDGET, WINDOW, NEW = 20, 8, 6
-
-
-def limits(family: str) -> dict[str, int]:
-    return {"min_pixels": 4 * 32**2, "max_pixels": 30 * 32**2} if FAMILIES[family].lmms_eval.pixel_limits else {}
+DOCS = Path(__file__).parents[2] / "docs"
+KINDS = sorted(makers.MAKERS)
+SLOW = [cell for cell in checks.CELLS if cell not in checks.QUICK]
 
 
-@pytest.fixture(scope="module", params=sorted(makers.MAKERS))
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
+def cells_of(number: int, kind: str) -> list[str]:
+    """The quick ones, and every fourth of the others, shifted from row to row."""
+    family = family_for(kind.partition(",")[0])
+    assert family is not None
+    shifted = [cell for column, cell in enumerate(SLOW) if (number + column) % 4 == 0]
+    missing = {"video"} if not family.reads_video else set()
+    missing |= {"VLMEvalKit"} if IS_REAL else set()  # that one runs in processes of its own
+    return [cell for cell in (*checks.QUICK, *shifted) if cell not in missing]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return makers.MAKERS[family](tmp_path_factory.mktemp(family))
+@pytest.mark.parametrize(("number", "kind"), enumerate(KINDS), ids=KINDS)
+def test_a_row(number: int, kind: str) -> None:
+    if kind == "smolvlm" and smolvlm.num2words is None:
+        pytest.skip("transformers' processor of SmolVLM2 needs num2words")
+    cells = cells_of(number, kind)
+    assert checks.check(kind, cells) == dict.fromkeys(cells, checks.PASSED)
 
 
-@pytest.fixture(scope="module")
-def engine(family: str, checkpoint: Path) -> Engine:
-    options = RunOptions(str(checkpoint), **limits(family))
-    assert read_config(FAMILIES[family], options)["model_type"] == family
-    return Engine(load_checkpoint(FAMILIES[family], options, torch.device("cpu")))
+def test_every_model_type_has_a_row() -> None:
+    known = {model_type for family in FAMILIES.values() for model_type in family.architectures}
+    assert {kind.partition(",")[0] for kind in makers.MAKERS} == known
 
 
-def test_every_family_is_here() -> None:
-    assert set(makers.MAKERS) == set(FAMILIES)
+def test_the_documents_show_every_cell() -> None:
+    """`sparsemm-lmms families --check --output docs/families.json --markdown`, where VLMEvalKit is importable."""
+    matrix = json.loads((DOCS / "families.json").read_text())
+    assert list(matrix["cells"]) == list(checks.CELLS) and set(matrix["rows"]) == set(makers.MAKERS)
+    for kind, row in matrix["rows"].items():
+        family = FAMILIES[row["family"]]
+        missing = {} if family.reads_video else {"video": "no video: images only"}
+        assert row["cells"] == dict.fromkeys(checks.CELLS, checks.PASSED) | missing, kind
+    header, rows = table(matrix)
+    page = (DOCS / "families.md").read_text()
+    assert all(f"| {' | '.join(line)} |\n" in page for line in [header, *rows])
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_full_budget_is_stock_and_a_small_one_keeps_what_it_says(engine: Engine, family: str, rows: int) -> None:
-    talks = [conversation(1), conversation(2, "Which of the two is it, please?", size=(56, 84))][:rows]
-    inputs = engine.batch_inputs([engine.prompt(talk) for talk in talks])
-    ids = list(FAMILIES[family].vision_ids(engine.model.config))
-    assert torch.isin(inputs["input_ids"], torch.tensor(ids)).any(1).all()  # each prompt has an image
-    told = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    told |= {"output_logits": True, "return_dict_in_generate": True}
-    stock = engine.model.generate(**inputs, **told)
-    logits = torch.stack(stock.logits)
-    assert logits.isfinite().all()
-    for config in (CompressionConfig("fullkv"), CompressionConfig("snapkv", budget=1024, window_size=WINDOW)):
-        with compress(engine.model, config):
-            found = engine.model.generate(**inputs, **told)
-        assert torch.equal(found.sequences, stock.sequences)
-        torch.testing.assert_close(torch.stack(found.logits), logits, atol=1e-4 * float(logits.std()), rtol=1e-4)
-    with compress(engine.model, CompressionConfig("snapkv", budget=BUDGET, window_size=WINDOW)) as session:
-        engine.model.generate(**inputs, **told)
-        assert (session.cache.kept_per_head() == BUDGET).all()
+def test_a_failing_cell_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(tiny: checks.Tiny) -> None:
+        raise ValueError("no such\nlayer")
+
+    monkeypatch.setitem(checks.CELLS, "padded batch", broken)
+    stranger = dataclasses.replace(FAMILIES["llava"], model_type="mine", also={})
+    monkeypatch.setitem(FAMILIES, "mine", stranger)
+    file = tmp_path / "matrix.json"
+    result = CliRunner().invoke(app, ["families", "--check", "--quick", "--family", "gemma3", "--output", str(file)])
+    assert str(result.exception).splitlines()[1:] == ["gemma3, padded batch: ValueError: no such layer"]
+    assert isinstance(result.exception, SystemExit)
+    cells = dict.fromkeys(checks.QUICK, checks.PASSED) | {"padded batch": "failed: ValueError: no such layer"}
+    assert json.loads(file.read_text())["rows"] == {"gemma3": {"family": "gemma3", "cells": cells}}
+    result = CliRunner().invoke(app, ["families", "--check", "--family", "mine", "--markdown"], catch_exceptions=False)
+    assert f"| `mine` | mine |{' not checked: no tiny model |' * len(checks.CELLS)}" in result.stdout
 
 
-def test_lmms_eval_runs_it(family: str, checkpoint: Path, task: Callable[..., Path]) -> None:  # noqa: F811
-    given = {"pretrained": checkpoint, "budget": BUDGET, "window_size": WINDOW, "device": "cpu", **limits(family)}
-    name = f"{family}_snapkv"
-    results = evaluate(name, ",".join(f"{key}={value}" for key, value in given.items()), task([png(0)]))
-    assert results["sparsemm_lmms"]["settings"]["model"] == name
-    assert results["throughput"]["avg_kept_tokens"] == BUDGET < results["throughput"]["avg_prompt_tokens"]
+def test_families_are_listed() -> None:
+    listed = CliRunner().invoke(app, ["families", "--markdown"], catch_exceptions=False).stdout
+    assert listed in (DOCS / "families.md").read_text()
+    for arguments, sentence in (
+        (["--family", "gema3"], "Unknown --family 'gema3'; .* Did you mean 'gemma3'"),
+        (["--quick"], "--quick belongs to the checks; add --check"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            CliRunner().invoke(app, ["families", *arguments], catch_exceptions=False)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(smolvlm, "num2words", smolvlm.num2words or print)
+    options = RunOptions(str(makers.smolvlm(tmp_path)))
+    monkeypatch.setattr(smolvlm, "num2words", None)
+    with pytest.raises(ValueError, match=r"pretrained=\S+ needs a package that is not installed here: .*num2words"):
+        load_checkpoint(FAMILIES["smolvlm"], options, torch.device("cpu"))
+
+
+def test_a_checkpoint_finds_its_family(tmp_path: Path) -> None:
+    for kind in KINDS:
+        kind, folder = kind.partition(",")[0], makers.MAKERS[kind](tmp_path / kind)
+        family = find_family("vlm_snapkv", {"pretrained": str(folder)})
+        assert family is family_for(kind)
+        other = FAMILIES["gemma3" if family is not FAMILIES["gemma3"] else "llava"]
+        with pytest.raises(ValueError, match=rf"'{kind}' checkpoint.*belongs to the {family.model_type}_\* models"):
+            read_config(other, RunOptions(str(folder)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,23 +15,30 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import sparsemm_lmms
 from sparsemm_lmms import _source_tree
-from sparsemm_lmms.families import FAMILIES, Family, LmmsEvalDefaults, VLMEvalKit, family_of
+from sparsemm_lmms.families import FAMILIES, Family, LmmsEvalDefaults, VLMEvalKit, family_for, family_of
+from sparsemm_lmms.model_wrappers.matrix import makers
 from sparsemm_lmms.visual_heads.token_grid import GRIDS
 
 ROOT = Path(sparsemm_lmms.__file__).resolve().parent
 OWN = ROOT / "families"
-EXEMPT = {ROOT / "demo", ROOT / "visual_heads" / "grids"}
+EXEMPT = {ROOT / "demo", ROOT / "visual_heads" / "grids", Path(makers.__file__).resolve()}
 """The packaged models are of two families: how they are built, trained and rendered is about just those. A kind of grid
-calls the code of transformers that cuts images so, which is named after its models."""
+calls the code of transformers that cuts images so, which is named after its models. A maker builds a tiny checkpoint of
+one model type."""
 
 
 def sources() -> list[Path]:
     files = {file for folder in (ROOT, *_source_tree.FOLDERS.values()) for file in folder.rglob("*.py")}
-    return sorted(file for file in files if not EXEMPT & set(file.parents))
+    return sorted(file for file in files if not EXEMPT & {file, *file.parents})
 
 
-def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+@functools.cache
+def texts(file: Path) -> list[tuple[int, str]]:
     """(line, text) of every name and string in code; docstrings may have examples."""
+    return list(named(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def named(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = None  # a docstring: nothing reads it
@@ -62,7 +71,7 @@ def test_no_family_is_named_outside_its_file(family: Family) -> None:
         f"{file.relative_to(ROOT.parent)}:{line}: {text[:80]!r}"
         for file in sources()
         if file.parent != OWN or file.stem not in FAMILIES  # checkpoints may be called after an older family
-        for line, text in texts(ast.parse(file.read_text(encoding="utf-8")))
+        for line, text in texts(file)
         if pattern.search(text)
     ]
     assert found == []
@@ -85,10 +94,11 @@ def test_the_search_finds_every_spelling() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_family_is_what_transformers_has(family: Family) -> None:
-    architecture = getattr(transformers, family.architecture)
-    config = CONFIG_MAPPING[family.model_type]()
-    assert architecture.config_class is type(config)
-    assert len(set(family.vision_ids(config))) == len(family.vision_tokens)
+    for model_type, architecture in family.architectures.items():
+        config = CONFIG_MAPPING[model_type]()
+        assert getattr(transformers, architecture).config_class is type(config)
+        assert len(set(family.vision_ids(config))) == len(family.vision_tokens)
+        assert family_for(model_type) is family
     assert family.grid in GRIDS
     assert len(family.vision_tokens) == 1 + family.reads_video
     assert "torch" not in (OWN / f"{family.model_type}.py").read_text(encoding="utf-8")
@@ -99,6 +109,11 @@ def test_the_longest_family_is_that_of_a_name(monkeypatch: pytest.MonkeyPatch) -
     assert family_of("llava_next_snapkv") == "llava_next"
     assert family_of("llava_snapkv") == "llava"
     assert family_of("gpt_snapkv") is None
+
+
+def test_no_model_type_is_of_two_families() -> None:
+    kinds = [kind for family in FAMILIES.values() for kind in family.architectures]
+    assert len(set(kinds)) == len(kinds)
 
 
 def test_a_family_that_no_host_could_name_is_refused() -> None:
@@ -114,6 +129,7 @@ def test_a_family_that_no_host_could_name_is_refused() -> None:
     for wrong, sentence in (
         ({"model_type": ""}, "model_type is empty"),
         ({"architecture": "my-model"}, "architecture='my-model' is no class"),
+        ({"also": {"mine_moe": "my-model"}}, "architecture='my-model' is no class"),
         ({"vision_tokens": ()}, "vision_tokens=.* is no tuple of fields"),
         ({"vision_tokens": "image_token_id"}, "vision_tokens='image_token_id' is no tuple"),
         ({"lmms_eval": "mine"}, "lmms_eval='mine' is no LmmsEvalDefaults"),
@@ -122,3 +138,9 @@ def test_a_family_that_no_host_could_name_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             Family(**facts | wrong)
+
+
+def test_the_guide_shows_a_whole_family() -> None:
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert (OWN / "qwen3_5.py").read_text(encoding="utf-8") in guide
+    assert inspect.getsource(makers.qwen3_5) in guide

@@ -20,7 +20,7 @@ from typing import Any
 
 from sparsemm_lmms.reports.store import read_cells
 
-TIMES = ("_ms", "_ms_median", "elapsed_s", "peak_memory")
+TIMES = ("_ms", "_ms_median", "elapsed_s", "peak_memory", "other_cores")
 
 
 def sweep(output: str, arguments: dict[str, Any]) -> None:

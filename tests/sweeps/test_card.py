@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 from sparsemm_lmms.cli import main
 from sparsemm_lmms.reports.card import read_runs, write_card
 from sparsemm_lmms.reports.store import write_cell
+from sparsemm_lmms.scorers.base import Scorer
 
+from ..core.plugins import plugin
 from .records import cell, write_sweep
 
 
@@ -118,11 +121,29 @@ def test_a_card_of_a_sweep(tmp_path: Path, submit: Callable[..., None]) -> None:
     submit(sweep / "cells" / record.name / "some_run", "docvqa", ["a", "b"])
     runs = read_runs(sweep)
     shown = {"fullkv", "sparsemm", "snapkv", "local_window", "layer_mean", "uniform"}
-    assert {run.method for run in runs} == shown  # ablations and single draws belong into the report
+    assert {run.method for run in runs if run.listed} == shown  # ablations and single draws belong into the report
     [(_, _, path)] = write_card(runs, tmp_path / "card.md").copied
     assert path.name == "docvqa_test__llava_next_demo__snapkv__budget64.json"
     text = (tmp_path / "card.md").read_text()
     assert "| llava_next demo | sparsemm | 96 |" in text and "hardware: CPU" in text
+    assert "| mask" not in text and "| random" not in text
+
+
+def test_a_card_cites_all_methods_of_a_sweep(tmp_path: Path) -> None:
+    """Also those of draws and ablations, which have no line of their own; times where the machine was quiet."""
+    names = ["bacon+adakv", "sparsemm_mixkv@layer_mean", "vlcache", "keydiff+waterfill", "pyramidkv", "tgv+cake#1"]
+    for number, name in enumerate(names):
+        made = cell(name, 64, {"ocrbench": {"m": [1.0]}})
+        load = {"other_cores": 0.1} if number < 4 else {"other_cores": 1.0} if number == 4 else {}
+        told = {task: {**values, **load} for task, values in made.statistics.items()}
+        write_cell(tmp_path, replace(made, name=re.sub(r"\W", "_", name), statistics=told))
+    write_cell(tmp_path, replace(cell("mask", None, {"ocrbench": {"m": [1.0]}}, variant={"mask_ratio": 0.1}), name="m"))
+    write_card(read_runs(tmp_path), tmp_path / "card.md")
+    listed, _, cited = (tmp_path / "card.md").read_text().partition("## Citation")
+    assert listed.count("| 5.64 |") == 4 and "| pyramidkv | 64 | 1 |" in listed and "mask" not in listed
+    papers = re.findall(r"^\* (.+): \[arXiv", cited, re.M)
+    told = ["AdaKV", "BACON", "CAKE", "KeyDiff", "MixKV", "PyramidKV", "SnapKV", "SparseMM", "TGV-KV", "VL-Cache"]
+    assert sorted(papers) == [*told, "lmms-eval"]
 
 
 HOSTILE = (
@@ -175,3 +196,26 @@ def test_mistakes_get_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x_results.json").write_text("{}")
     with pytest.raises(ValueError, match="no record under"):
         read_runs(tmp_path)
+
+
+class Mine(Scorer):
+    """A stranger's scorer."""
+
+    papers = (("Mine", "2601.00001"),)
+
+
+def test_parts_of_a_method_say_what_is_cited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of presets, of controls, of free combinations, of settings; nothing where a run's parts are not installed."""
+    plugin(monkeypatch, "scorers", "mine", Mine)
+    runs = [("adakv_bacon", {}), ("compressed", {"scorer": "mine", "allocator": "pyramid"}), ("permuted", {})]
+    runs += [("gone", {}), ("compressed", {"scorer": "gone", "allocator": "uniform"}), ("snapkv", {"critical": True})]
+    for number, (method, settings) in enumerate(runs):
+        path = results(tmp_path / str(number), method, 64, {"ocrbench": 2})
+        data = json.loads(path.read_text())
+        data["sparsemm_lmms"]["settings"] |= settings
+        path.write_text(json.dumps(data))
+    write_card([run for i in range(len(runs)) for run in read_runs(tmp_path / str(i))], tmp_path / "card.md")
+    cited = (tmp_path / "card.md").read_text().partition("## Citation")[2]
+    names = "AdaKV BACON PyramidKV Mine SparseMM SnapKV CriticalKV lmms-eval".split()
+    assert re.findall(r"^\* (\S+): \[arXiv", cited, re.M) == names
+    assert "* Mine: [arXiv 2601.00001](https://arxiv.org/abs/2601.00001)" in cited

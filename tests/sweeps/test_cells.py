@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from sparsemm_lmms import HeadScores
-from sparsemm_lmms.model_wrappers.sweeps.cells import RATIOS, Cell, SweptModel, ablation_cells, main_cells
+from sparsemm_lmms.model_wrappers.sweeps.cells import (
+    RATIOS,
+    Cell,
+    SweptModel,
+    ablation_cells,
+    main_cells,
+    parse_methods,
+)
 from sparsemm_lmms.model_wrappers.sweeps.plan import Plan, make_plan, open_sweep
 from sparsemm_lmms.model_wrappers.sweeps.runner import failed
 from sparsemm_lmms.reports.store import read_cells, write_cell
@@ -38,7 +45,18 @@ def test_each_method_gets_the_arguments_that_it_knows() -> None:
     assert given("layer_mean") == {**shared, "ratio": 0.2, "head_scores": "layer_mean:mine.json"}
     assert given("uniform") == {**shared, "ratio": 0.2, "head_scores": "uniform"}
     assert given("random") == {**shared, "ratio": 0.2, "seed": 5}
+    scored = {**shared, "ratio": 0.2, "head_scores": "permuted:mine.json"}
+    assert given("sparsemm_bacon@permuted#3") == {**scored, "seed": 8}
+    assert given("sparsemm_bacon@random") == {**scored, "head_scores": "random", "seed": 5}
+    pair = {"scorer": "keydiff", "allocator": "head_scores"}
+    assert given("keydiff+head_scores") == {**scored, **pair, "head_scores": "mine.json"}
+    assert given("keydiff+head_scores@layer_mean") == {**scored, **pair, "head_scores": "layer_mean:mine.json"}
     assert Cell(DEMO, "permuted", 64).arguments(0, 1)["head_scores"] == "permuted"
+
+
+def test_one_row_has_one_name() -> None:
+    names = "sparsemm@permuted,permuted, sparsemm_bacon@permuted#2,bacon+waterfill,sparsemm@random#1"
+    assert parse_methods(names) == ["permuted", "sparsemm_bacon@permuted#2", "bacon+waterfill", "random#1"]
 
 
 def test_ablations() -> None:
@@ -77,6 +95,10 @@ def test_names_tell_all_cells_of_a_sweep_apart() -> None:
         ({"families": ","}, "--model names no family"),
         ({"methods": "snapkw"}, "Unknown method 'snapkw'; known: .* Did you mean 'snapkv'"),
         ({"methods": "snapkv#2"}, "draws are whole numbers of random"),
+        ({"methods": "layer_mean#2"}, "draws are whole numbers of random"),
+        ({"methods": "snapkv@permuted"}, "snapkv@permuted: controls are METHOD@random, .* such as sparsemm, waterfill"),
+        ({"methods": "sparsemm_bacon@permutd"}, "controls are METHOD@random, @permuted"),
+        ({"methods": "keydiff+waterfall"}, "Unknown allocator 'waterfall'.*Did you mean 'waterfill'"),
         ({"methods": "random#x"}, "draws are whole numbers of random"),
         ({"budgets": "64,many"}, "--budgets '64,many' must be whole numbers"),
         ({"budgets": "16"}, "budget=16 must be larger than window_size=32"),

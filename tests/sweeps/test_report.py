@@ -8,12 +8,13 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from sparsemm_lmms.reports import paper, plots, report, statistics, tables
+from sparsemm_lmms.reports import names, paper, plots, report, statistics, tables
 from sparsemm_lmms.reports.statistics import Block, blocks
 from sparsemm_lmms.reports.store import read_cell, read_cells, write_cell, write_compact
 
@@ -91,7 +92,7 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
 
 
 def test_examples_in_the_code() -> None:
-    assert all(doctest.testmod(module).failed == 0 for module in (paper, statistics, tables))
+    assert all(doctest.testmod(module).failed == 0 for module in (names, paper, plots, statistics, tables))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,41 @@ def test_mistakes_get_one_sentence(sweep: Path, tmp_path: Path) -> None:
     few = list(blocks([cell("fullkv", None, {"t": {"m": [1.0]}}), cell("snapkv", 48, {"t": {"m": [0.0]}})]))
     with pytest.raises(ValueError, match="'ratio' needs cells.*possible here: accuracy, pareto"):
         plots.draw("ratio", few, tmp_path)
+
+
+def test_lines_of_many_methods_are_told_apart_without_colour() -> None:
+    """Twenty rows: names and marks beside the panel, none on another; the best and its controls strong."""
+    methods = ["sparsemm", "permuted", "random", "snapkv", "adakv", "sparsemm_bacon", "sparsemm_bacon@permuted"]
+    methods += [f"{scorer}+uniform" for scorer in "bacon cake keydiff mixkv recency tgv".split()]
+    methods += [f"{scorer}+pyramid" for scorer in "bacon cake keydiff mixkv recency tgv".split()] + ["vlcache"]
+    cells = [cell("fullkv", None, {"t": {"m": [1.0] * 20}})]
+    for number, method in enumerate(methods):
+        for budget in (48, 96, 768):
+            right = 20 if budget == 768 else 18 if method == "mixkv+uniform" else 15 - number // 4 + budget // 48
+            cells.append(cell(method, budget, {"t": {"m": [1.0] * right + [0.0] * (20 - right)}}))
+    [block] = blocks(cells)
+    [axis] = plots.accuracy([block]).axes
+    texts = {text.get_text(): text for text in axis.texts if text.get_text()}
+    assert set(texts) == set(methods) and len(methods) == 20
+    heights = sorted(text.get_position()[1] for text in texts.values())
+    apart = 0.9 * plots.NAME_HEIGHT / plots.HEIGHT * (axis.get_ylim()[1] - axis.get_ylim()[0])
+    assert all(high - low > apart for low, high in zip(heights, heights[1:], strict=False))
+    strong = {name for name, text in texts.items() if text.get_weight() == "bold"}
+    assert strong == {"mixkv+uniform", "sparsemm", "permuted", "random"}
+    lines = [line for line in axis.lines if list(line.get_xdata())[0] < 50 and len(line.get_xdata()) == 2]
+    lines = [line for line in lines if line.get_marker() != "None"]
+    assert len(lines) == 20  # of two points: at 768 all answer alike
+    assert len({(str(line.get_marker()), line.is_dashed()) for line in lines}) == 20
+    assert sum(line.get_linewidth() > 1 for line in lines) == len(strong)
+
+
+def test_milliseconds_are_drawn_of_quiet_runs_alone() -> None:
+    def panels(load: dict[str, float]) -> int:
+        cells = [cell("fullkv", None, {"t": {"m": [1.0]}}), cell("snapkv", 48, {"t": {"m": [0.0]}})]
+        told = [replace(made, statistics={"t": {**made.statistics["t"], **load}}) for made in cells]
+        return len(plots.pareto(list(blocks(told))).axes)
+
+    assert [panels({}), panels({"other_cores": 1.5}), panels({"other_cores": 0.02})] == [1, 1, 2]
 
 
 def test_no_torch_is_needed(sweep: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from sparsemm_lmms import head_scores
 from sparsemm_lmms.cli import app, tasks_folder
 from sparsemm_lmms.model_wrappers.sweeps.plan import make_plan, open_sweep
-from sparsemm_lmms.model_wrappers.sweeps.runner import host_defaults, read_samples, run
+from sparsemm_lmms.model_wrappers.sweeps.runner import OtherLoad, host_defaults, read_samples, run
 from sparsemm_lmms.reports.store import CellRecord, forget_cell, read_cells
 
 from .kill_run import Silent, contents, start, warm_up, with_kills
@@ -108,6 +109,17 @@ def test_records_tell_method_budget_and_what_was_kept(swept: Path) -> None:
         assert full["kept_tokens"] == full["prompt_tokens"] > 400
         assert found["sparsemm__b64"].statistics[task]["kept_tokens"] == pytest.approx(64, abs=1)
         assert found["sparsemm__b64"].statistics[task]["num_requests"] == 2
+        assert 0 <= full["other_cores"] <= (os.cpu_count() or 1)
+
+
+def test_the_load_of_others_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 s, in which all cores were busy for 25 s and this process for 9 s: others kept 1.6 cores busy."""
+    clock = iter([(100.0, 50.0, 7.0), (110.0, 75.0, 16.0)])
+    monkeypatch.setattr(OtherLoad, "_seconds", staticmethod(lambda: next(clock)))
+    assert OtherLoad().cores() == pytest.approx(1.6)
+    monkeypatch.undo()
+    (wall, busy, own), (later, more, mine) = OtherLoad._seconds(), OtherLoad._seconds()
+    assert wall < later and busy <= more and own <= mine and own < busy
 
 
 def test_only_what_is_missing_runs(swept: Path, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def test_pairing_narrows_the_interval() -> None:
 def test_a_tie_is_no_defeat() -> None:
     cells = [cell(name, 48, {"t": {"m": list(v)}}) for name, v in (("sparsemm", FULL), ("adakv", FULL[::-1]))]
     block = one(cell("fullkv", None, {"t": {"m": FULL}}), *cells)
-    assert tables.sentences(block)[0] == "as good as the best other row at 48 (adakv)"
+    told = ["best: 48 sparsemm and adakv", "as good as the best other row at 48 (adakv)"]
+    assert tables.sentences(block)[:2] == told
     assert [line[1].count("**") for line in tables.accuracy(block).rows] == [0, 2, 2]
 
 
@@ -117,9 +118,34 @@ def test_sentences_name_where_sparsemm_is_not_best() -> None:
     assert "**worse than the best** at 96 (snapkv, -30.0)" in told
     assert "all rows answer alike at 160" in told
     assert any("not distinguishable" in line and "256" in line for line in told)
-    assert "sparsemm is not distinguishable from fullkv at 96" not in told and len(told) == 4
-    line = next(line for line in tables.accuracy(block).rows if line[0] == "sparsemm")
-    assert line[1].startswith("**") and line[2].endswith("▼") and line[3].endswith("**") and line[4].endswith("≈")
+    assert "sparsemm is not distinguishable from fullkv at 96" not in told and len(told) == 5
+    every = "(told apart from all others)"
+    assert told[0] == f"best: 48 sparsemm {every}; 96 snapkv {every}; 256 sparsemm (≈ snapkv)"
+    lines = {line[0]: line[1:] for line in tables.accuracy(block).rows}
+    marks = {name: [(text[:2] == "**", text[-1] == "≈") for text in lines[name]] for name in ("sparsemm", "snapkv")}
+    assert marks["sparsemm"] == [(True, False), (False, False), (True, False), (True, False)]
+    assert marks["snapkv"] == [(False, False), (True, False), (True, False), (False, True)]
+
+
+def test_marks_of_a_column_by_hand() -> None:
+    """12 right-or-wrong answers; five rows, so 4 comparisons: p < .0125 needs 8 documents won and none lost."""
+    right = {"sparsemm": 12, "snapkv": 12, "adakv": 5, "bacon": 4, "keydiff": 0}
+    cells = [cell(m, 48, {"t": {"m": [1.0] * n + [0.0] * (12 - n)}}) for m, n in right.items()]
+    block = one(*cells)
+    column = block.columns[48]
+    assert {row.method for row in column.best} == {"sparsemm", "snapkv"}
+    assert [row.method for row in column.near] == ["adakv"]
+    assert tables.accuracy(block).csv().count("≈") == 0
+    assert "at least 8 of the 12 documents" in tables.note(block) and "over the 4 comparisons" in tables.note(block)
+    few = one(*(cell(m, 48, {"t": {"m": [v] * 4}}) for m, v in (("sparsemm", 0.9), ("snapkv", 0.1))))
+    assert [row.method for row in few.columns[48].near] == ["snapkv"]  # every resample agrees, but 4 documents are few
+    assert "6 documents would have to differ, so these 4" in tables.note(few)
+
+
+def test_the_order_of_tables() -> None:
+    names = ["bacon+waterfill", "sparsemm_bacon@permuted", "permuted", "bacon", "random", "fullkv", "mask", "sparsemm"]
+    told = ["fullkv", "sparsemm", "bacon", "bacon+waterfill", "random", "permuted", "sparsemm_bacon@permuted", "mask"]
+    assert sorted(names, key=statistics.place) == told
 
 
 @settings(max_examples=25, deadline=None)

@@ -12,6 +12,7 @@ import lmms_eval.tasks
 import pytest
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.evaluator_utils import get_task_list
+from lmms_eval.models import AVAILABLE_CHAT_TEMPLATE_MODELS
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import load_yaml_config
 
@@ -22,8 +23,23 @@ from sparsemm_lmms.presets import METHODS
 from .documents import COUNT
 
 GROUPS = ("sparsemm_paper", "sparsemm_paper_lite")
-STOCK = {"llava_next_sparsemm": "llava_hf", "qwen2_vl_fullkv": "qwen2_vl"}
-KEYED = ("qwen3_vl", "qwen2_5_vl", "llava", "llava_onevision")  # families with keys of their own in the host's files
+STOCK = {
+    "gemma3": "gemma3",
+    "gemma4": "gemma4",
+    "glm4v": "glm4v",
+    "internvl": "internvl_hf",
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "llava_onevision": "llava_hf",
+    "mistral3": "mistral3_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen2_vl": "qwen2_vl",
+    "qwen3_5": "qwen3_5",
+    "qwen3_vl": "qwen3_vl",
+    "smolvlm": "huggingface",
+}
+"""Family -> id of the host's own model."""
+KEYED = ("qwen3_vl", "qwen2_5_vl", "llava", "llava_onevision")  # ids with keys of their own in the host's files
 HOST_TASKS = Path(lmms_eval.tasks.__file__).parent
 
 
@@ -44,7 +60,7 @@ def asked(manager: TaskManager, group: str, name: str, kind: str) -> dict[str, l
         for doc in task.eval_docs:
             if kind == "chat":
                 sent = plain(task.doc_to_messages(doc))
-            else:  # what the host's simple/qwen2_vl.py makes of a request: the images, then the text
+            else:  # what all of the host's simple models here make of a request: the images, then the text
                 images = [("image", image.tobytes()) for image in task.doc_to_visual(doc)]
                 sent = [("user", [*images, ("text", task.doc_to_text(doc))])]
             found.setdefault(output.task_name, []).append((sent, dict(task.config.generation_kwargs)))
@@ -53,10 +69,12 @@ def asked(manager: TaskManager, group: str, name: str, kind: str) -> dict[str, l
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_task_asks_what_the_stock_model_is_asked(group: str, manager: TaskManager, in_hub: None) -> None:
-    for ours, stock in STOCK.items():
-        sent = asked(manager, group, ours, "chat")
-        assert len(sent) == 8 and all(len(documents) == COUNT for documents in sent.values())
-        assert sent == asked(manager, group, stock, "chat" if stock == "llava_hf" else "simple")
+    assert set(STOCK) == set(FAMILIES)
+    for stock in sorted(set(STOCK.values())):
+        wanted = asked(manager, group, stock, "chat" if stock in AVAILABLE_CHAT_TEMPLATE_MODELS else "simple")
+        assert len(wanted) == 8 and all(len(documents) == COUNT for documents in wanted.values())
+        for family in (family for family, host in STOCK.items() if host == stock):
+            assert asked(manager, group, f"{family}_sparsemm", "chat") == wanted
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -100,19 +118,17 @@ def test_families_with_keys_of_their_own_get_them(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(manifest.MODELS, f"{family}_sparsemm", (family, "sparsemm"))
     affected = set()
     for config in configs:
-        for family in (*KEYED, *STOCK.values()):
-            ours = {v: k for k, v in STOCK.items()}.get(family, f"{family}_sparsemm")
-            stock = chosen(config, family)
+        for family, host in (STOCK | {name: name for name in KEYED}).items():
+            ours = f"{family}_sparsemm"
+            stock = chosen(config, host)
             assert chosen(config, ours) == stock, f"{config['path']}: {ours}"
             if stock != chosen(config, "some_other_model"):
-                affected.add((family, str(config["path"])))
-    families = {family for family, _ in affected}
-    assert {"qwen3_vl", "qwen2_5_vl", "llava"} <= families  # the comparison above was not empty
-    assert not families & set(STOCK.values())  # today's families have no keys: `default` is theirs
+                affected.add((host, str(config["path"])))
+    assert {"qwen3_vl", "qwen2_5_vl", "llava"} <= {host for host, _ in affected}  # the comparison was not empty
 
 
 def test_stock_ids() -> None:
-    for family, stock in (("llava_next", "llava_hf"), ("qwen2_vl", "qwen2_vl")):
+    for family, stock in STOCK.items():
         assert {manifest.stock_id(f"{family}_{method}") for method in METHODS} == {stock}
     for name in ("qwen2_vl", "sparsemm", "gpt_random"):  # none of ours
         assert manifest.stock_id(name) == name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,10 @@ import transformers
 from torch import nn
 from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 from transformers.models.gemma3.image_processing_gemma3 import Gemma3ImageProcessor
+from transformers.models.gemma4.image_processing_gemma4 import Gemma4ImageProcessor
+from transformers.models.gemma4.video_processing_gemma4 import Gemma4VideoProcessor
+from transformers.models.glm4v.image_processing_glm4v import Glm4vImageProcessor
+from transformers.models.glm46v.image_processing_glm46v import Glm46VImageProcessor
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.idefics3.image_processing_idefics3 import Idefics3ImageProcessor
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
@@ -68,6 +74,22 @@ class MeanOfFour(nn.Module):
         return x.unflatten(-1, (4, 3)).mean(-2)
 
 
+class Means(nn.Module):
+    """Any function, as a part of a tower that has a dtype."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function, self.anything = function, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return self.function(x)
+
+
+def colours(x: torch.Tensor) -> torch.Tensor:
+    """Mean colour of each patch, [patches, 3 * times * height * width]."""
+    return x.view(len(x), 3, -1).mean(-1)
+
+
 @dataclass
 class Kind:
     """A model, its processor, its grid, and the text that stands for an image before the processor has seen it."""
@@ -88,7 +110,7 @@ class Kind:
                 return_tensors="pt",
             )
         )
-        names = ("image_sizes", "pixel_attention_mask", "batch_num_images")
+        names = ("image_sizes", "pixel_attention_mask", "batch_num_images", "image_grid_thw", "image_position_ids")
         more = {name: inputs[name] for name in names if name in inputs}
         config = self.model.config
         for name in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
@@ -296,6 +318,99 @@ def gemma3(**pan_and_scan: Any) -> Kind:
     processor = transformers.Gemma3Processor(image_processor, named, image_seq_length=4)
     processor.images_kwargs = processor.images_kwargs | pan_and_scan
     return _kind("tiles", model, processor, mark="<|vs|>")
+
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+AREA = {"shortest_edge": 64**2, "longest_edge": 320**2}
+PATCHES = {"image_token_id": IMAGE, "video_token_id": tiny.IDS["<video>"]}
+
+
+def qwen3(name: str, **text: Any) -> Kind:
+    """Qwen3-VL and 3.5: patches of 16."""
+    config = getattr(transformers, f"{name}Config")(
+        text_config=dict(TEXT, rope_parameters=MROPE, **text),
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, num_position_embeddings=64
+        ),
+        vision_start_token_id=tiny.IDS["<|vs|>"],
+        vision_end_token_id=tiny.IDS["<|ve|>"],
+        **PATCHES,
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    visual = model.model.visual
+    visual.blocks, visual.patch_embed = nn.ModuleList(), Means(colours)
+    visual.pos_embed = nn.Embedding.from_pretrained(torch.zeros(64, 3))
+    visual.merger = Means(lambda x: x.view(-1, 4, 3).mean(1))
+    images = transformers.Qwen2VLImageProcessor(patch_size=16, size=AREA, **RAW)
+    processor = transformers.Qwen3VLProcessor(images, tokenizer(), transformers.Qwen3VLVideoProcessor())
+    return _kind("patches", model, processor)
+
+
+def qwen3_5() -> Kind:
+    linear = dict(
+        linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=1, linear_num_value_heads=2,
+        num_hidden_layers=2, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    return qwen3("Qwen3_5", **linear)
+
+
+def glm(name: str) -> Kind:
+    text = {"model_type": "glm4v_text"} if name == "Glm46V" else {}
+    config = getattr(transformers, f"{name}Config")(
+        text_config=dict(TEXT, rope_parameters=MROPE, **text),
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, image_size=56, patch_size=14, out_hidden_size=16
+        ),
+        **PATCHES,
+        **{
+            f"{part}_token_id": 200 + i
+            for i, part in enumerate(("image_start", "image_end", "video_start", "video_end"))
+        },
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    visual = model.model.visual
+    visual.blocks, visual.patch_embed, visual.embeddings = nn.ModuleList(), Means(colours), Means(lambda x: x)
+    visual.post_conv_layernorm = visual.post_layernorm = visual.merger = nn.Identity()
+    visual.downsample, visual.config = Means(lambda x: x.mean((-1, -2))), deepcopy(config.vision_config)
+    visual.config.out_hidden_size = 3
+    images = {"Glm46V": Glm46VImageProcessor, "Glm4v": Glm4vImageProcessor}[name](size=AREA, **RAW)
+    video = getattr(transformers, f"{name}VideoProcessor")()
+    return _kind("patches", model, getattr(transformers, f"{name}Processor")(images, tokenizer(), video))
+
+
+def gemma4() -> Kind:
+    """Patches of 16, three by three to a token."""
+    config = transformers.Gemma4Config(
+        text_config=dict(
+            TEXT, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=16,
+            global_head_dim=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=tiny.VOCABULARY,
+        ),
+        vision_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+            head_dim=8, position_embedding_size=512,
+        ),
+        audio_config=None,
+        boi_token_id=tiny.IDS["<|vs|>"],
+        eoi_token_id=tiny.IDS["<|ve|>"],
+        audio_token_id=tiny.VOCABULARY + 1,
+        **PATCHES,
+    )  # fmt: skip
+    model = transformers.Gemma4ForConditionalGeneration(config)
+    tower = model.model.vision_tower
+    tower.patch_embedder = Means(lambda x: x.unflatten(-1, (-1, 3)).mean(-2))  # colours last in a patch
+    tower.encoder = Means(lambda x: x)
+    tower.encoder.forward = lambda inputs_embeds, **_: SimpleNamespace(last_hidden_state=inputs_embeds)
+    tower.pooler.root_hidden_size, model.model.embed_vision.forward = 1.0, lambda inputs_embeds: inputs_embeds
+    named = tokenizer(boi_token="<|vs|>", eoi_token="<|ve|>", boa_token="</s>", eoa_token="</s>", audio_token="</s>")
+    sizes = dict(max_soft_tokens=70)
+    processor = transformers.Gemma4Processor(
+        transformers.Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessor(**sizes, **RAW),
+        named,
+        Gemma4VideoProcessor(**sizes),
+        image_seq_length=70,
+    )
+    return _kind("patches", model, processor)
 
 
 def llava_onevision(most: int = 2) -> Kind:

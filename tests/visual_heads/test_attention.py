@@ -9,10 +9,25 @@ from sparsemm_lmms.visual_heads.attention import Watcher, watch
 
 from . import tiny
 
+HYBRID = {"layer_types": ["sliding_attention"] + ["full_attention"] * 3, "sliding_window": 6}
+GEMMA2, GPT_OSS = {"model_type": "gemma2", **HYBRID}, {"model_type": "gpt_oss", **HYBRID}
+
+
+def with_sinks(model):
+    """One head that looks at almost nothing, one that has no sink to speak of."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.copy_(torch.tensor([8.0, -9.0, 0.0, 3.0]))
+    return model
+
+
 MODELS = {
     "llava-mha": lambda: tiny.llava_next("vicuna"),
     "llava-gqa": lambda: tiny.llava_next("mistral"),
     "qwen-gqa": tiny.qwen2_vl,
+    "softcap, one sliding layer": lambda: tiny.llava(GEMMA2, attn_logit_softcapping=1.5),
+    "sinks, one sliding layer": lambda: with_sinks(tiny.llava(GPT_OSS, num_local_experts=2, num_experts_per_tok=1)),
 }
 
 
@@ -32,12 +47,15 @@ def text_batch():
 
 
 def eager_attentions(model, **inputs):
-    model.set_attn_implementation("eager")
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation({"text_config": "eager"})
     try:
         with torch.no_grad():
-            return torch.stack(model(**inputs, output_attentions=True).attentions)  # [layers, batch, heads, q, k]
+            seen = torch.stack(model(**inputs, output_attentions=True).attentions)  # [layers, batch, heads, q, k]
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation({"text_config": before})
+    kinds = getattr(model.config.text_config, "layer_types", None) or ["full_attention"] * len(seen)
+    return seen[[i for i, kind in enumerate(kinds) if kind == "full_attention"]]
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -122,6 +140,6 @@ def test_memory_does_not_grow_with_rows_times_keys(monkeypatch):
     monkeypatch.setattr(attention, "_weights", measure)
     for length in (64, 256):
         watcher = Watcher(torch.zeros(1, 1, length, dtype=torch.bool), length, torch.zeros(1, length, dtype=torch.long))
-        watcher.look(0, torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), None, 1.0)
+        watcher.look(0, torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), None, attention.Logits(1.0))
         assert watcher.argmax[0].shape == (1, 4, length)
     assert largest <= 4 * 64 * 10

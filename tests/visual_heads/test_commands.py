@@ -8,11 +8,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.head_scores import HeadScores, provenance_path
+from sparsemm_lmms.model_wrappers.loading import find_family
+from sparsemm_lmms.model_wrappers.matrix import makers
 from sparsemm_lmms.visual_heads import plots
 from sparsemm_lmms.visual_heads.commands import app, calibration_source
 from sparsemm_lmms.visual_heads.plots import plot_budgets, plot_heads
+from sparsemm_lmms.visual_heads.resolve import load_model
 from sparsemm_lmms.visual_heads.summary import sentences, summarise
+from sparsemm_lmms.visual_heads.token_grid import grid_for
 
 from . import tiny
 
@@ -87,6 +92,38 @@ def test_wrong_family_and_too_many_files(folder, tmp_path):
         invoke("budgets", path, "--redistribute")
     with pytest.raises(ValueError, match="kv_heads=3 must divide the 2 query heads"):
         invoke("budgets", path, "--kv-heads", 3)
+
+
+def test_any_checkpoint_with_a_grid_that_its_config_tells(tmp_path):
+    """`--model vlm`: GLM-OCR has no family; its patches are those of GLM-4V."""
+    assert "glm_ocr" not in {name for family in FAMILIES.values() for name in family.architectures}
+    glm_ocr, scores = makers.glm("GlmOcr", tmp_path / "glm_ocr"), tmp_path / "s.json"
+    named = ["--model", "vlm", "--pretrained", glm_ocr, "--device", "cpu"]
+    invoke("chase", *named, "--mode", "teacher", "--readings", "mixture", "--images", 12, "--output", scores)
+    assert json.loads(provenance_path(scores).read_text())["model_type"] == "glm_ocr"
+    show = ["--image", "demo:3", "--question", "What?", "--heads", 1, "--tokens", 1, "--plot", tmp_path / "v.png"]
+    assert "Answer:" in invoke("show", *named, *show, "--head-scores", scores)
+    family = find_family("vlm_sparsemm", {"pretrained": str(glm_ocr)})
+    assert family.grid == "patches"
+    model, processor = load_model(str(glm_ocr))
+    picture, text = Image.new("RGB", (84, 140)), "<|begin_of_image|><|image|><|end_of_image|>What?"
+    inputs = processor(text=[text], images=[picture], return_tensors="np")
+    (grid,) = grid_for(model.config).grids(inputs, [picture.size])
+    _, rows, columns = inputs["image_grid_thw"][0] // 2
+    assert len(grid.boxes) == rows * columns == (inputs["input_ids"] == model.config.image_token_id).sum()
+    assert grid.boxes[-1].tolist() == pytest.approx([84 - 84 / columns, 140 - 140 / rows, 84, 140])
+
+
+def test_a_checkpoint_without_a_grid_is_refused_before_its_weights(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vipllava", "image_token_index": 3}')
+    for command in (
+        ["chase", "--output", tmp_path / "s.json"],
+        ["show", "--image", "demo:3", "--plot", tmp_path / "v.png"],
+    ):
+        with pytest.raises(ValueError, match="No token grid for model type 'vipllava'.*head_scores=PATH"):
+            invoke(*command, "--model", "vlm", "--pretrained", tmp_path, "--device", "cpu")
+    with pytest.raises(ValueError, match="--model vlm needs --pretrained"):
+        invoke("chase", "--model", "vlm", "--output", tmp_path / "s.json")
 
 
 def test_sources_by_name(tmp_path):

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from sparsemm_lmms.head_statistics import agreement, group_agreement, ranks, spearman, split_half, top_overlap
 from sparsemm_lmms.visual_heads import attention, passes
-from sparsemm_lmms.visual_heads.attention import Watcher, step_weights
+from sparsemm_lmms.visual_heads.attention import Logits, Watcher, step_weights
 from sparsemm_lmms.visual_heads.chase import ChaseSettings, reduce_records, score_heads
 from sparsemm_lmms.visual_heads.inputs import Batch, make_batch, with_answers
 from sparsemm_lmms.visual_heads.matching import TokenTexts
@@ -206,8 +206,8 @@ def test_weights_of_16_bit_models_are_float32(
     for known, elements in ((targets, 1 << 24), (targets, 2 * batch * heads * group * k_length), (None, 1)):
         monkeypatch.setattr(attention, "CHUNK_ELEMENTS", elements)  # all rows at once, two, one
         watcher = Watcher(words, rows, known)
-        watcher.look(1, query, key, mask, 0.3)
-        watcher.look(0, query, key, mask, 0.3)
+        watcher.look(1, query, key, mask, Logits(0.3))
+        watcher.look(0, query, key, mask, Logits(0.3))
         argmax, mass = watcher.seen()
         assert mass.dtype == torch.float32 and torch.equal(argmax[0], argmax[1])
         assert torch.equal(argmax[0], weights.argmax(-1))
@@ -220,7 +220,7 @@ def test_weights_of_16_bit_models_are_float32(
         torch.testing.assert_close(mass.double(), every, rtol=1e-5, atol=1e-7)
         watcher.clear()
         assert not watcher.argmax and not watcher.mass
-    last = step_weights(query, key, mask, 0.3)
+    last = step_weights(query, key, mask, Logits(0.3))
     torch.testing.assert_close(last.double(), weights[:, :, -1:], rtol=1e-5, atol=1e-7)
 
 

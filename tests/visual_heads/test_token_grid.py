@@ -238,5 +238,6 @@ def test_disagreements_are_errors(llava, llava_processor, qwen):
         grids(inputs, [], [(8, 8)])
     with pytest.raises(ValueError, match="0 image grids but 1 image sizes"):
         grid_for(qwen.config).grids(inputs, [(112, 112)])
-    with pytest.raises(ValueError, match="No token grid for model type 'bert'; known are .*llava_next, .*qwen2_vl"):
+    known = "No token grid for model type 'bert'.*use head_scores=PATH.*; known are .*llava_next, .*qwen2_vl"
+    with pytest.raises(ValueError, match=known):
         grid_for(SimpleNamespace(model_type="bert"))

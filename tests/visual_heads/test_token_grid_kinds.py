@@ -36,13 +36,18 @@ KINDS = {
     "Idefics3, sides that are no whole tiles": partial(kinds.idefics3, 200),
     "Idefics3, whole": partial(kinds.idefics3, do_image_splitting=False),
     "SmolVLM": kinds.smolvlm,
+    "Qwen3-VL": partial(kinds.qwen3, "Qwen3VL"),
+    "Qwen3.5": kinds.qwen3_5,
+    "GLM-4.1V": partial(kinds.glm, "Glm4v"),
+    "GLM-4.6V": partial(kinds.glm, "Glm46V"),
+    "Gemma 4": kinds.gemma4,
     "Gemma 3": kinds.gemma3,
     "Gemma 3, pan and scan": partial(kinds.gemma3, **PAN_AND_SCAN),
     "LLaVA-OneVision": kinds.llava_onevision,
     "LLaVA-OneVision, all tokens": partial(kinds.llava_onevision, 16),
 }
-ANY = [name for name in KINDS if name not in ("Mistral 3", "Pixtral")]
-"""Those whose processors take an image of any shape: Pixtral's refuses slivers."""
+ANY = [name for name in KINDS if not name.startswith(("Mistral 3", "Pixtral", "Qwen3", "GLM"))]
+"""Those whose processors take an image of any shape: others refuse slivers."""
 
 
 @cache

@@ -7,8 +7,11 @@ import string
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
@@ -59,23 +62,25 @@ VOCABULARY = len(SPECIAL) + len(CHARACTERS) + 8
 IDS = {token: index for index, token in enumerate(SPECIAL)}
 
 
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    head_dim=16,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=4096,
+    initializer_range=0.4,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
 def _text(kind: str) -> LlamaConfig | MistralConfig:
-    common = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        head_dim=16,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=4096,
-        initializer_range=0.4,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     if kind == "vicuna":
-        return LlamaConfig(num_key_value_heads=4, **common)
-    return MistralConfig(num_key_value_heads=2, sliding_window=None, **common)
+        return LlamaConfig(num_key_value_heads=4, **TEXT)
+    return MistralConfig(num_key_value_heads=2, sliding_window=None, **TEXT)
 
 
 def sayable(model):
@@ -99,6 +104,23 @@ def llava_next(kind: str = "vicuna", seed: int = 0) -> LlavaNextForConditionalGe
     )
     config._attn_implementation = "sdpa"
     return sayable(LlavaNextForConditionalGeneration(config).eval())
+
+
+def llava(text: dict, **more) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5's class around any text model: ``text`` has its ``model_type``."""
+    torch.manual_seed(0)
+    text = {**TEXT, "num_key_value_heads": 2, **text, **more, "num_hidden_layers": len(text["layer_types"])}
+    config = LlavaConfig(
+        vision_config=dict(
+            model_type="clip_vision_model", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, image_size=56, patch_size=14,
+        ),
+        text_config=text,
+        image_token_index=IDS["<image>"],
+        image_seq_length=16,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    return sayable(AutoModelForImageTextToText.from_config(config).eval())
 
 
 def llava_processor(words: tuple[str, ...] = (), **image_options) -> LlavaNextProcessor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import importlib.util
 import io
 import sys
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.model_wrappers.matrix import makers
+
 from ..wrappers import tiny
 
 STAND_IN = Path(__file__).parent / "standin"
@@ -21,6 +25,15 @@ IS_REAL = importlib.util.find_spec("vlmeval") is not None
 if not IS_REAL:
     sys.path.insert(0, str(STAND_IN))
 
+CLASSES = [
+    (family.model_type, adapter.name)
+    for family in FAMILIES.values()
+    if family.vlmevalkit is not None
+    for adapter in family.vlmevalkit.adapters
+]
+"""(family, our class in the host), all of them."""
+OF_ANOTHER_TYPE = {"CompressedIdefics3": "idefics3", "CompressedSmolVLM": "idefics3"}
+"""Our class -> `model_type` of its checkpoints, where it is not the family's first."""
 PIXELS = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
 
 
@@ -29,32 +42,42 @@ def host() -> Any:
     """`vlmeval.config` after `register()`; `.before` is what its table held before, `.added` what was added."""
     from vlmeval import config
 
-    from sparsemm_lmms.model_wrappers.vlmevalkit.model import register
+    from sparsemm_lmms.model_wrappers.vlmevalkit.model import CompressedVLM, register
 
+    for name in [name for name, entry in config.supported_VLM.items() if issubclass(entry.func, CompressedVLM)]:
+        del config.supported_VLM[name]  # another test registered it
     config.before = dict(config.supported_VLM)
     config.added = register()
     return config
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folder of each family's tiny checkpoint."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("qwen2_vl")`: folder of the tiny checkpoint of a family, or of one of its classes in the host."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {family: make(root / family) for family, make in tiny.MAKERS.items()}
+    made = functools.cache(lambda kind: makers.MAKERS[kind](root / kind))
+
+    def find(family: str, name: str | None = None) -> Path:
+        kind = OF_ANOTHER_TYPE.get(name or "", family)
+        if kind == "smolvlm":
+            pytest.importorskip("num2words", reason="SmolVLM2's processor needs num2words, which is not installed")
+        return made(kind)
+
+    return find
 
 
 @pytest.fixture(scope="session")
-def model(host: Any, checkpoints: dict[str, Path]) -> Callable[..., Any]:
+def model(host: Any, checkpoint: Callable[..., Path]) -> Callable[..., Any]:
     """`model("qwen2_vl", method="snapkv", budget=20)`: one of our classes on the tiny checkpoint."""
     from sparsemm_lmms.model_wrappers.vlmevalkit.model import model_class
 
-    def build(family: str, **given: Any) -> Any:
+    def build(family: str, name: str | None = None, **given: Any) -> Any:
         small = {"method": "snapkv", "window_size": 8, "budget": 20, "max_new_tokens": 6, "device": "cpu"}
-        if family == "qwen2_vl":
+        if FAMILIES[family].lmms_eval.pixel_limits is not None:
             small |= PIXELS
         if "method" in given and given["method"] == "fullkv":
             del small["budget"], small["window_size"]
-        return model_class(family)(**{"pretrained": str(checkpoints[family]), **small, **given})
+        return model_class(family, name)(**{"pretrained": str(checkpoint(family, name)), **small, **given})
 
     return build
 

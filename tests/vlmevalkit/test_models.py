@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import pickle
 import subprocess
@@ -16,12 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sparsemm_lmms.demo import FAMILIES as DEMO_FAMILIES
 from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.vlmevalkit.model import CompressedVLM, Record, model_class, register
-from sparsemm_lmms.model_wrappers.vlmevalkit.names import is_ours
+from sparsemm_lmms.model_wrappers.vlmevalkit.names import BASES, is_ours
+from sparsemm_lmms.model_wrappers.vlmevalkit.stock import bare, extracted, written_prompt
 from sparsemm_lmms.session import CompressionSession
+
+from ..wrappers import tiny
+from ..wrappers.tiny import BY_TURNS
+from .conftest import CLASSES
 
 ROOT = Path(__file__).parents[2]
 BASE_OF = {"llava_next": "LLaVA-NeXT", "qwen2_vl": "Qwen2VL"}
@@ -74,19 +79,44 @@ def test_other_names_are_resolved_when_asked_for(host: Any) -> None:
         register(["Qwen2VL-7B-Instruct_snapkv_b16"])
 
 
-def test_classes_stand_in_front_of_the_stock_ones(host: Any) -> None:
+@pytest.mark.parametrize(("family", "name"), CLASSES)
+def test_classes_stand_in_front_of_the_stock_ones(family: str, name: str, host: Any) -> None:
     import vlmeval.vlm
 
-    for name in DEMO_FAMILIES:
-        family = FAMILIES[name]
-        cls, stock = (getattr(vlmeval.vlm, part) for part in (family.vlmevalkit.name, family.vlmevalkit.stock))
-        assert cls is model_class(name) and cls.__bases__ == (CompressedVLM, stock)
+    adapter = next(adapter for adapter in FAMILIES[family].vlmevalkit.adapters if adapter.name == name)
+    cls = model_class(family, name)
+    stock = getattr(vlmeval.vlm, adapter.stock or "BaseModel")
+    assert cls is getattr(vlmeval.vlm, name) and cls.__bases__ == (CompressedVLM, stock)
+    assert cls.adapter is adapter
+
+
+def test_every_family_has_names(host: Any) -> None:
+    words = {family: [word for word, base in BASES.items() if base.family == family] for family in FAMILIES}
+    assert all(words.values())
+    for family, own in words.items():
+        assert any(f"{word}_sparsemm_b64" in host.supported_VLM for word in own), family
+
+
+def test_an_entry_takes_over_what_the_host_says_of_the_checkpoint(host: Any) -> None:
+    entry, stock = (
+        host.supported_VLM[name].keywords for name in ("Qwen3VL-4B-Instruct_fullkv", "Qwen3-VL-4B-Instruct")
+    )
+    sampling = {name: stock[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty") if name in stock}
+    assert entry == {
+        "method": "fullkv",
+        "pretrained": "Qwen/Qwen3-VL-4B-Instruct",
+        "use_custom_prompt": False,
+        "max_new_tokens": 16384,
+        "sampling": sampling,
+    }
+    assert host.supported_VLM["InternVL35-8B_fullkv"].keywords["pretrained"] == "OpenGVLab/InternVL3_5-8B-HF"
+    assert host.supported_VLM["Ministral-3-8B-Instruct_fullkv"].keywords["pretrained"].startswith("mistralai/")
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", DEMO_FAMILIES)
+@pytest.mark.parametrize("family", BASE_OF)
 def test_the_same_as_in_lmms_eval(family: str, host: Any, caches: list[Any], tmp_path: Path) -> None:
     """The demo models, the same images and questions: equal answers, equal kept positions of every head."""
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed beside VLMEvalKit")
@@ -117,7 +147,7 @@ def test_the_same_as_in_lmms_eval(family: str, host: Any, caches: list[Any], tmp
     assert [a["extra_records"]["kept_tokens"] for a in here] == [r.token_counts.kept_tokens for r in there]
 
 
-@pytest.mark.parametrize("family", DEMO_FAMILIES)
+@pytest.mark.parametrize("family", BASE_OF)
 def test_images_stand_where_the_message_puts_them(
     family: str, model: Callable[..., Any], picture: Callable[..., str], caches: list[Any]
 ) -> None:
@@ -127,28 +157,126 @@ def test_images_stand_where_the_message_puts_them(
     orders = [[image[0], words[0], image[1], words[1]], [image[1], words[0], image[0], words[1]], [*image, *words]]
     prompts = []
     for message in orders:
-        prompts.append(ours._answer([{"role": "user", "content": message}], None).prompts[0])
+        prompts.append(ours._answer(ours._conversation([{"role": "user", "content": message}], None), None).prompts[0])
     mark = {"llava_next": "<image>", "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}[family]
     assert prompts == [f"user: {mark}Left{mark}rightassistant: "] * 2 + [f"user: {mark * 2}Leftrightassistant: "]
     keys = [cache.layers[1].keys for cache in caches]
     assert keys[0].shape == keys[1].shape and not keys[0].equal(keys[1])  # exchanged images are not the same
 
 
-@pytest.mark.parametrize("family", DEMO_FAMILIES)
-@pytest.mark.parametrize("dataset", ["TinyMCQ", "Tiny_openended"])
+DATASETS = ("MMBench_DEV_EN", "HallusionBench", "DocVQA_VAL", "OCRBench")
+"""Multiple choice, yes or no, an open question, reading."""
+QUESTION = "Which?\nOptions:\nA. one"
+CHOICES = QUESTION.replace("Options", "Choices")
+TERSE = (
+    "Give a short and terse answer to the following question. Do not paraphrase or reformat the text you see in the "
+    "image. Do not include any full stops. Just give the answer without additional explanation. Question: "
+)
+YES_NO, BRIEF, END = "\nAnswer yes or no.", "\nGive a very brief answer.", "<end_of_utterance>\nAssistant:"
+SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def turn(text: str, before: str = "") -> list[str]:
+    return [f"{before}user: {text}assistant: "] * len(DATASETS)
+
+
+WRITTEN = {
+    **dict.fromkeys(
+        ("CompressedQwen2VL", "CompressedQwen25VL", "CompressedQwen3VL", "CompressedQwen35"), turn(f"{SEEN}{QUESTION}")
+    ),
+    **dict.fromkeys(("CompressedLLaVA", "CompressedLLaVANext", "CompressedMistral3"), turn(f"<image>{QUESTION}")),
+    **dict.fromkeys(("CompressedLLaVAOneVision", "CompressedInternVL"), turn(f"<image>\n{QUESTION}")),
+    "CompressedGemma3": turn(f"<start_of_image>{QUESTION}", "system: You are a helpful assistant. "),
+    "CompressedIdefics3": [
+        f"User:<image>{CHOICES}{END} Answer:",
+        *(f"User:<image>{QUESTION}{end}{END}" for end in (YES_NO, BRIEF, "")),
+    ],
+    "CompressedGemma4": turn(f"<image>{QUESTION}"),
+    "CompressedGLM4V": [
+        f"user: <|begin_of_image|><|image|><|end_of_image|>{QUESTION}{more}assistant: "
+        for more in ("", "Please answer yes or no.", "", "")
+    ],
+    "CompressedSmolVLM": [
+        f"<|im_start|>User:<image>{CHOICES}{END} Answer:",
+        f"<|im_start|>User:<image>{QUESTION}{YES_NO}{END}",
+        f"<|im_start|>User:<image>{TERSE}{QUESTION}{END}",
+        f"<|im_start|>User:<image>{QUESTION}{BRIEF}{END}",
+    ],
+}
+WRITTEN["CompressedSmolVLM2"] = WRITTEN["CompressedSmolVLM"]
+"""Our class -> what is asked of it in each of `DATASETS`, as the stock class of the host writes it."""
+
+
+@pytest.mark.parametrize(("family", "name"), CLASSES)
 def test_prompts_are_the_stock_models(
-    family: str, dataset: str, model: Callable[..., Any], picture: Callable[..., str]
+    family: str, name: str, model: Callable[..., Any], picture: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = model(family)
+    wide = {} if FAMILIES[family].lmms_eval.pixel_limits is None else {"max_pixels": 400 * 28 * 28}
+    ours, line = model(family, name, **wide), {"index": 4, "question": "Which?", "A": "one", "B": "two"}
     ours.set_dump_image(lambda line: [picture(line["index"])])
-    line = {"index": 4, "question": "Which?", "A": "one", "B": "two"}
     stock = ours.stock.__new__(ours.stock)
-    stock._use_custom_prompt = True
-    stock.set_dump_image(ours.dump_image_func)
-    assert ours.use_custom_prompt(dataset) == stock.use_custom_prompt(dataset)
-    if ours.use_custom_prompt(dataset):
-        assert ours.build_prompt(line, dataset=dataset) == stock.build_prompt(line, dataset=dataset)
-    assert not model(family, use_custom_prompt=False).use_custom_prompt(dataset)
+    vars(stock).update(_use_custom_prompt=True, dump_image_func=ours.dump_image_func, use_mpo_prompt=False)
+    asked, answer = [], ours.engine.answer
+    monkeypatch.setattr(ours.engine, "answer", lambda *given: asked.extend(given[1]) or answer(*given))
+    for dataset in DATASETS:
+        assert ours.use_custom_prompt(dataset) == stock.use_custom_prompt(dataset)
+        if ours.use_custom_prompt(dataset):
+            assert ours.build_prompt(line, dataset=dataset) == stock.build_prompt(line, dataset=dataset)
+        ours.generate([{"type": "image", "value": picture(4)}, {"type": "text", "value": QUESTION}], dataset)
+    assert [prompt.text for prompt in asked] == WRITTEN[name]
+    assert all(len(prompt.images) == 1 for prompt in asked)
+    if name not in ("CompressedGLM4V",) and not ours.adapter.prepares_content:  # sent as JPEG; resized already
+        assert all(prompt.images[0].tobytes() == tiny.picture(4).tobytes() for prompt in asked)
+    ours.host = dataclasses.replace(ours.host, use_custom_prompt=False)
+    assert not any(ours.use_custom_prompt(dataset) for dataset in DATASETS)
+
+
+def test_tiles_are_limited_as_the_host_does_for_each_dataset(
+    model: Callable[..., Any], picture: Callable[..., str]
+) -> None:
+    ours = model("internvl")
+    limit = ours.processor.image_processor
+    for dataset, images, most in (
+        ("OCRBench", 1, 24),
+        ("DocVQA_VAL", 1, 18),
+        ("MMBench_DEV_EN", 1, 6),
+        ("OCRBench", 4, 16),
+    ):
+        parts = [{"type": "image", "value": picture(i, (56, 56))} for i in range(images)]
+        ours.generate([*parts, {"type": "text", "value": "Which?"}], dataset)
+        assert limit.max_patches == most
+
+
+def test_answers_are_found_by_the_stock_class(host: Any) -> None:
+    from vlmeval import vlm
+
+    answer = "<think>hm</think> It is <|begin_of_box|>left<|end_of_box|>"
+    boxed = vlm.GLMThinking.__new__(vlm.GLMThinking)
+    assert extracted(boxed.extract_answer, answer, "Tiny") == "left"
+    assert extracted(boxed.extract_answer, answer, "OCRBench") == "It is <|begin_of_box|>left<|end_of_box|>"
+    assert extracted(vlm.Gemma4.extract_response_for_eval, "<think>hm</think> left ", "Tiny") == "left"
+
+
+def test_a_system_prompt_replaces_the_stock_models(
+    model: Callable[..., Any], picture: Callable[..., str], caches: list[Any]
+) -> None:
+    question = [{"type": "image", "value": picture(0)}, {"type": "text", "value": "Which?"}]
+    lengths = []
+    for more in ({}, {"system_prompt": "Look."}):
+        model("gemma3", **more).generate(question, "Tiny")
+        lengths.append(caches[-1].layers[-1].prompt_lengths[0])
+    assert lengths[0] - lengths[1] == len("You are a helpful assistant. ") - len("Look.")
+    with pytest.raises(ValueError, match="system_prompt has no place in the prompts of SmolVLM"):
+        model("smolvlm", "CompressedSmolVLM", system_prompt="Look.")
+
+
+def test_a_stock_class_that_asks_nothing_is_told() -> None:
+    class Silent:
+        def generate_inner(self, message: Any, dataset: str | None) -> str:
+            return "left"
+
+    with pytest.raises(ValueError, match="Silent of this VLMEvalKit asks no processor"):
+        written_prompt(bare(Silent, {}), None, [], None, None)
 
 
 def test_pixel_limits_are_the_hosts_for_each_dataset(model: Callable[..., Any], picture: Callable[..., str]) -> None:
@@ -167,8 +295,7 @@ def test_the_stock_classes_answer_is_cut_out_of_the_whole_text(host: Any) -> Non
     assert ours.post_process("user: Which?\nassistant: ", " left ") == "left"  # a template that it does not know
 
 
-@pytest.mark.parametrize("family", DEMO_FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "method"), BY_TURNS)
 def test_every_method_answers_and_records(
     family: str, method: str, model: Callable[..., Any], picture: Callable[..., str]
 ) -> None:
@@ -208,13 +335,16 @@ def test_stock_generation_is_read_from_the_stock_class(model: Callable[..., Any]
     ours = model("qwen2_vl", generation="stock")._generation_settings()
     assert (ours.temperature, ours.top_k, ours.top_p, ours.max_new_tokens) == (0.01, 1, 0.001, 6)
     assert model("qwen2_vl")._generation_settings().for_generate()["do_sample"] is False
+    sampling = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.5}
+    ours = model("qwen3_vl", generation="stock", sampling=sampling)._generation_settings()
+    assert (ours.temperature, ours.top_k, ours.top_p, ours.repetition_penalty) == (0.7, 5, 0.8, 1.5)
     assert model("llava_next", generation="stock")._generation_settings().for_generate()["do_sample"] is False
 
 
 # -- conversations and video -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", DEMO_FAMILIES)
+@pytest.mark.parametrize("family", [*BASE_OF, "gemma3"])
 def test_a_conversation_carries_its_images_and_answers(
     family: str, model: Callable[..., Any], picture: Callable[..., str], caches: list[Any]
 ) -> None:
@@ -224,9 +354,9 @@ def test_a_conversation_carries_its_images_and_answers(
     turns += [{"role": "assistant", "content": first}, {"role": "user", "content": "Why?"}]
     second = ours.chat(turns, dataset="Tiny")
     assert type(first) is type(second) is str
-    lengths = [cache.layers[0].prompt_lengths[0] for cache in caches]
-    alone = ours.generate("Why?")["extra_records"]["prompt_tokens"]
-    assert lengths[1] > lengths[0] + alone  # the image, the first question and its answer come again
+    lengths = [cache.layers[-1].prompt_lengths[0] for cache in caches]
+    # the image, the first question and its answer come again
+    assert lengths[1] > lengths[0] + len("user: Why?assistant: ")
 
 
 def test_an_error_in_a_conversation_is_not_swallowed(model: Callable[..., Any]) -> None:
@@ -244,9 +374,10 @@ def test_an_error_in_a_conversation_is_not_swallowed(model: Callable[..., Any]) 
     assert asked == [3]
 
 
-def test_llava_next_refuses_video(model: Callable[..., Any]) -> None:
-    with pytest.raises(NotImplementedError, match="text and images only"):
-        model("llava_next").content([{"type": "video", "value": "a.mp4"}], "Tiny")
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen3_vl"])
+def test_families_without_video_refuse_it(family: str, model: Callable[..., Any]) -> None:
+    with pytest.raises(NotImplementedError, match="text and images only in VLMEvalKit"):
+        model(family).generate_inner([{"type": "video", "value": "a.mp4"}], "Tiny")
 
 
 def test_qwen2_vl_reads_video(model: Callable[..., Any], video: Callable[[int], str]) -> None:
@@ -272,7 +403,7 @@ sys.meta_path.insert(0, Block())
 from sparsemm_lmms.families import FAMILIES
 from sparsemm_lmms.model_wrappers.vlmevalkit.model import CompressedVLM
 for family in FAMILIES.values():
-    ours = type("Ours", (CompressedVLM,), {"family": family})
+    ours = type("Ours", (CompressedVLM,), {"family": family, "adapter": family.vlmevalkit})
     assert ours.name_suffix("snapkv", {"budget": 64}) == "snapkv_b64"
 import sparsemm_lmms.model_wrappers.vlmevalkit.run
 """

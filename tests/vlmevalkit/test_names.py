@@ -39,7 +39,7 @@ HOST_RULES = (
     "GPT4",  # DUDE, SlideVQA, MMLongBench: page layouts of single models
     "XComposer",
     "MiniCPM",
-    "InternVL",
+    "InternVL-Chat-V1-5",
 )
 NUMBERS, FLAGS = vocabulary()
 EXAMPLES: dict[str, Any] = {
@@ -51,20 +51,28 @@ EXAMPLES: dict[str, Any] = {
     "skip": 2,
     "beta": 10,
     "m": 0.05,
+    "gamma": 50.0,
+    "ent": 1.6,
+    "var": 0.4,
+    "hss": 0.3,
     "s": 3,
     "minp": 3136,
     "maxp": 1003520,
     "new": 32,
+    "cap": 512,
 }
 METHOD_OF = {"r": "sparsemm", "f": "adakv", "skip": "adakv", "beta": "pyramidkv", "m": "mask", "s": "random"}
+METHOD_OF |= {"hss": "waterfill"} | dict.fromkeys(("gamma", "ent", "var"), "cake")
 
 
 class LlavaNext(CompressedVLM):
     family = FAMILIES["llava_next"]
+    adapter = family.vlmevalkit
 
 
 class Qwen2VL(CompressedVLM):
     family = FAMILIES["qwen2_vl"]
+    adapter = family.vlmevalkit
 
 
 def suffix(method: str, **settings: Any) -> str:
@@ -105,7 +113,12 @@ def test_every_word_goes_into_the_name_and_back(word: str) -> None:
 
 def test_no_setting_is_left_without_a_word() -> None:
     """A new setting must get a word here, or two runs that differ in it would share their outputs."""
-    words = {setting for setting, _ in (*NUMBERS.values(), *FLAGS.values())} | {"head_scores", "system_prompt"}
+    words = {setting for setting, _ in (*NUMBERS.values(), *FLAGS.values())} | {
+        "head_scores",
+        "system_prompt",
+        "peft",
+        "h",
+    }
     assert {*all_settings(), *declared(CompressionConfig)} - {"method"} <= words
     assert {field.name for field in dataclasses.fields(HostOptions)} <= words
     assert set(TOLD) <= words

@@ -164,12 +164,15 @@ def test_conversations(host: Any, picture: Callable[..., str]) -> None:
     assert len(answers) == 2 and all(type(answer) is str and "Failed" not in answer for answer in answers)
 
 
-def test_video(host: Any, model: Callable[..., Any], video: Callable[[int], str], tmp_path: Path) -> None:
+def test_video(
+    host: Any, model: Callable[..., Any], video: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the host's loop for videos, which sets the frames on the model and keeps no records."""
     import pandas
     from vlmeval.inference_video import infer_data_job_video
 
     path = video(8)
+    monkeypatch.setenv("PRED_FORMAT", "tsv")
 
     class Videos:
         dataset_name, videos, nframe, fps, MODALITY = "Video-MME", ["a"], 4, -1, "VIDEO"
@@ -182,7 +185,7 @@ def test_video(host: Any, model: Callable[..., Any], video: Callable[[int], str]
     ours = model("qwen2_vl", method="snapkv")
     infer_data_job_video(ours, str(tmp_path), "tiny_snapkv_b20_w8_new6", Videos())
     assert (ours.nframe, ours.fps) == (4, None)
-    written = pandas.read_excel(tmp_path / "tiny_snapkv_b20_w8_new6_Video-MME.xlsx", keep_default_na=False)
+    written = pandas.read_csv(tmp_path / "tiny_snapkv_b20_w8_new6_Video-MME.tsv", sep="\t", keep_default_na=False)
     assert len(str(written["prediction"][0])) <= 6  # the answer, not the record
 
 

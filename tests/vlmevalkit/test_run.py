@@ -14,11 +14,16 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsemm_lmms import HeadScores, cli
+from sparsemm_lmms.families import FAMILIES
+from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.vlmevalkit import run as vlmevalkit_run
+from sparsemm_lmms.model_wrappers.vlmevalkit.listing import listing
+from sparsemm_lmms.model_wrappers.vlmevalkit.names import BASES, vocabulary
 from sparsemm_lmms.model_wrappers.vlmevalkit.run import asked_models, check_config, find_run_py, launch
 
 from .conftest import IS_REAL, STAND_IN
 
+COUNT = 2
 RUN_PY = find_run_py(None) if IS_REAL else STAND_IN / "run.py"
 
 
@@ -91,6 +96,23 @@ def test_arguments_reach_the_host_untouched(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [(rest, Path("x/run.py"), [Path("a.json"), Path("b.json")])]
 
 
+def test_names_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vlmevalkit_run, "launch", lambda *given: pytest.fail("launched"))
+    everything = CliRunner().invoke(cli.app, ["vlmeval", "--list"]).output
+    words = set(everything.split())
+    assert set(BASES) | set(FAMILIES) <= words and "the datasets' own" in everything
+    assert {f"{name}_b<budget>" if cls.compresses else name for name, cls in METHODS.items()} <= words
+    numbers, flags = vocabulary()
+    assert {*(f"{word}<number>" for word in numbers), *flags} <= words
+    for family in FAMILIES:
+        own = set(CliRunner().invoke(cli.app, ["vlmeval", "--list", "--family", family]).output.split())
+        assert own & set(BASES) == {word for word, base in BASES.items() if base.family == family}
+    with pytest.raises(ValueError, match="Unknown family 'qwen'"):
+        listing("qwen")
+    with pytest.raises(ValueError, match="--family mine chooses what --list prints"):
+        CliRunner().invoke(cli.app, ["vlmeval", "--family", "mine"], catch_exceptions=False)
+
+
 def test_models_are_read_from_the_arguments_as_the_host_reads_them(tmp_path: Path) -> None:
     assert asked_models(["--mode", "infer", "--model", "a", "b", "--data", "c"]) == (["a", "b"], None)
     assert asked_models(["--model", "a", "--base-url", "http://localhost"]) == ([], None)
@@ -132,21 +154,21 @@ def test_config_names_must_tell_their_settings(host: Any, config: Callable[..., 
 
 @pytest.mark.skipif(IS_REAL, reason="test_real_host.py runs the real one in processes of its own")
 def test_from_the_command_to_the_answers(
-    host: Any, datasets: Callable[[int], tuple[str, str]], checkpoints: dict[str, Path], config: Callable[..., Path],
-    tmp_path: Path,
+    datasets: Callable[[int], tuple[str, str]], checkpoint: Callable[..., Path],
+    config: Callable[..., Path], tmp_path: Path,
 ) -> None:  # fmt: skip
-    data = datasets(3)
-    tiny = {"pretrained": str(checkpoints["llava_next"]), "budget": 20, "window_size": 8, "max_new_tokens": 6}
-    name = "tiny_snapkv_b20_w8_new6"
+    """One class; `families --check` has all of them."""
+    data, name = datasets(COUNT), "tiny_snapkv_b20_w8_new6"
+    tiny = {"pretrained": str(checkpoint("llava_next")), "budget": 20, "window_size": 8, "max_new_tokens": 6}
     models = {name: {"class": "CompressedLLaVANext", "method": "snapkv", "device": "cpu", **tiny}}
     command = ["--config", str(config(models, dict.fromkeys(data, {}))), "--work-dir", str(tmp_path)]
     launch(command, RUN_PY)
     files = [tmp_path / name / f"{name}_{dataset}.json" for dataset in data]
     answers = [json.loads(file.read_text()) for file in files]
-    assert [list(answer) for answer in answers] == [["0", "1", "2"]] * 2
+    assert [list(answer) for answer in answers] == [[str(i) for i in range(COUNT)]] * 2
     records = [record["extra_records"] for answer in answers for record in answer.values()]
     assert all(record["kept_tokens"] == 20 < record["prompt_tokens"] for record in records)
-    assert records[0]["prompt_tokens"] > records[3]["prompt_tokens"]  # the choices, by the stock model's prompt
+    assert records[0]["prompt_tokens"] > records[COUNT]["prompt_tokens"]  # the choices, by the stock model's prompt
     before = [file.read_bytes() for file in files]
     launch(command, RUN_PY)  # everything is there
     assert [file.read_bytes() for file in files] == before

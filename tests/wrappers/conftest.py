@@ -83,7 +83,7 @@ def arguments(checkpoints: dict[str, Path], scores: Path) -> Callable[..., str]:
         family = next(family for family in checkpoints if name.startswith(family))
         given = {"pretrained": checkpoints[family], "window_size": 8, "budget": 20, "device": "cpu"}
         if METHODS[name.removeprefix(f"{family}_")].needs_head_scores:
-            given["head_scores"] = scores
+            given["head_scores"] = "random" if "waterfill" in name else scores  # that one reads retention curves
         if family == "qwen2_vl":
             given |= {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 30}
         return ",".join(f"{key}={value}" for key, value in (given | more).items())

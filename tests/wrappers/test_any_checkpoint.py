@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,10 +42,10 @@ CHAT = tiny.TURNS.replace("VIDEO", "")
 def vipllava(folder: Path) -> Path:
     """CLIP tower, 9 tokens an image."""
     torch.manual_seed(0)
-    tokenizer = tiny._tokenizer(["<image>"])
+    tokenizer = tiny.tokenizer(["<image>"])
     config = VipLlavaConfig(
         text_config=LlamaConfig(
-            **TEXT, num_key_value_heads=2, vocab_size=len(tokenizer), initializer_range=0.4, **tiny._ends(tokenizer)
+            **TEXT, num_key_value_heads=2, vocab_size=len(tokenizer), initializer_range=0.4, **tiny.ends(tokenizer)
         ),
         vision_config=CLIPVisionConfig(
             hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=42,
@@ -62,7 +63,7 @@ def vipllava(folder: Path) -> Path:
         num_additional_image_tokens=1,
         chat_template=CHAT.replace("IMAGE", "<image>"),
     )
-    return tiny._save(VipLlavaForConditionalGeneration(config), processor, folder)
+    return tiny.save(VipLlavaForConditionalGeneration(config), processor, folder)
 
 
 def answers(model: Any, count: int = 3) -> list[str]:
@@ -226,6 +227,21 @@ REFUSED = {
         r"\(remote code\)",
     ),
     "text only": ({"model_type": "llama"}, "text-only 'llama' checkpoint, which reads no images"),
+    "audio": (
+        {"model_type": "whisper"},
+        "no class that reads images and writes text for 'whisper', a model with audio",
+    ),
+    "audio tower": ({"model_type": "qwen2_audio"}, "'qwen2_audio', a model with audio"),
+    "soft-capped text model": (
+        {"model_type": "paligemma", "text_config": {"model_type": "gemma2"}},
+        "'gemma2' text model, .*; use attn_implementation=eager",
+    ),
+    "text model with sinks": (
+        {"model_type": "internvl", "text_config": {"model_type": "gpt_oss"}},
+        "'gpt_oss' text model, .*; use attn_implementation=eager",
+    ),
+    "no object": (["llava"], "config.json that is no JSON object"),
+    "a number": (3, "config.json that is no JSON object"),
     "no answers": ({"model_type": "clip"}, "no class that reads images and writes text for its model type 'clip'"),
     "unknown": ({"model_type": "of_tomorrow"}, "knows no model type 'of_tomorrow'"),
     "no type": ({"hidden_size": 3}, "knows no model type ''"),
@@ -259,9 +275,38 @@ def test_a_named_family_is_refused_by_its_config_as_well(
             load(name, given(tmp_path))
 
 
-def test_the_wrong_family_is_told_the_way(other: Path) -> None:
-    with pytest.raises(ValueError, match="is a 'vipllava' checkpoint.*; try vlm_\\* models"):
-        load("llava_next_snapkv", given(other))
+WRONG = {
+    "another family": ({"model_type": "qwen2_vl"}, "it belongs to the qwen2_vl_* models: use qwen2_vl_sparsemm"),
+    "a variant of another": ({"model_type": "qwen3_vl_moe"}, "the qwen3_vl_* models: use qwen3_vl_sparsemm"),
+    "no family": ({"model_type": "vipllava"}, "try vlm_* models, which run any checkpoint: vlm_sparsemm"),
+    "text only": ({"model_type": "llama"}, "it is a text-only 'llama' checkpoint, which reads no images"),
+    "remote code": (
+        {"model_type": "internvl_chat", "auto_map": {"AutoModel": "m.M"}},
+        "(remote code); use a checkpoint",
+    ),
+    "audio": ({"model_type": "qwen2_audio"}, "'qwen2_audio', a model with audio"),
+    "no type": ({"hidden_size": 3}, "knows no model type ''"),
+    "a list of types": ({"model_type": ["llava"]}, "knows no model type"),
+    "cross-attention": (
+        {"model_type": "mllama"},
+        "(MllamaForConditionalGeneration) cannot be compressed: it has cross",
+    ),
+    "encoder-decoder": ({"model_type": "florence2"}, "cannot be compressed: it is an encoder-decoder"),
+    "latent attention": ({"model_type": "kimi_k25"}, "cannot be compressed: its latent attention"),
+}
+
+
+@pytest.mark.parametrize("family", ["llava_next", "gemma3"])
+@pytest.mark.parametrize("name", WRONG)
+def test_the_wrong_family_is_told_the_way(
+    name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WEIGHTS, None)
+    config, sentence = WRONG[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^pretrained={tmp_path} .*{re.escape(sentence)}") as told:
+        load(f"{family}_sparsemm", given(tmp_path))
+    assert "\n" not in str(told.value) and str(told.value).endswith(".")
 
 
 @pytest.mark.parametrize(

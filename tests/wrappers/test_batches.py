@@ -26,7 +26,6 @@ MIXED = [
     [{"role": "user", "content": [{"type": "text", "text": "No image at all, but many words to read."}]}],
     conversation(8, ""),
 ]
-NAMES = [f"{family}_{method}" for family in ("llava_next", "qwen2_vl") for method in METHODS]
 
 
 def load(name: str, model_args: str, size: int) -> Any:
@@ -50,7 +49,7 @@ def positions(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
 
 @pytest.mark.parametrize(
     ("name", "agnostic"),
-    [*((name, "false") for name in NAMES), ("llava_next_sparsemm", "true"), ("qwen2_vl_adakv", "true")],
+    [*((name, "false") for name in tiny.NAMES), ("llava_next_sparsemm", "true"), ("qwen2_vl_adakv", "true")],
 )
 def test_eight_together_are_eight_alone(
     name: str, agnostic: str, arguments: Callable[..., str], positions: list[list[Any]]

@@ -23,7 +23,6 @@ from sparsemm_lmms.methods import METHODS
 from . import tiny
 from .conftest import conversation, png, request
 
-NAMES = [f"{family}_{method}" for family in ("llava_next", "qwen2_vl") for method in METHODS]
 SIZES = [(84, 56), (56, 84), (28, 56), (84, 56), (112, 56)]
 GREEDY = {"max_new_tokens": 6, "temperature": 0}
 
@@ -43,7 +42,7 @@ def replies(results: dict[str, Any]) -> list[str]:
     return [sample["filtered_resps"][0] for sample in results["samples"]["tiny_images"]]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiny.NAMES)
 def test_every_name_evaluates_a_local_task(name: str, arguments: Callable[..., str], task: Callable[..., Path]) -> None:
     results = evaluate(name, arguments(name), task([png(i, size) for i, size in enumerate(SIZES)]))
     samples = results["samples"]["tiny_images"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lmms_eval.__main__ import cli_evaluate
+from lmms_eval import __main__ as host
 from lmms_eval.loggers import EvaluationTracker
 from tenacity import Future, RetryError
 
@@ -30,6 +31,7 @@ def run(
 ) -> Callable[..., None]:
     """One document by one of the two commands."""
     folder = task([png(0)])
+    monkeypatch.setattr(host, "TaskManager", partial(host.TaskManager, include_defaults=False))  # reads no others
 
     def command(more: str = "", *flags: str) -> None:
         words = request.param.split()
@@ -37,7 +39,7 @@ def run(
         given = ["--model", name, "--model_args", arguments(name) + more, "--include_path", str(folder)]
         monkeypatch.setattr(sys, "argv", [*words, *given, "--tasks", "tiny_images", *flags])
         if words[0] == "lmms-eval":
-            cli_evaluate()
+            host.cli_evaluate()
         else:
             main()
 

@@ -52,7 +52,7 @@ def test_answers_end_with_their_first_end_token(data: st.DataObject) -> None:
     letters = {3: "a", 4: "b", 5: " ", 6: "c"}
     decode = lambda rows, **_: ["".join(letters.get(int(t), "") for t in row) for row in rows]  # noqa: E731
     engine: Any = Engine.__new__(Engine)
-    engine.eos, engine.strip_answers = [1, 2], data.draw(st.booleans())
+    engine.eos, engine.strip_answers, engine.thinks = [1, 2], data.draw(st.booleans()), False
     engine.processor = type(
         "Processor", (), {"tokenizer": type("Tokenizer", (), {"batch_decode": staticmethod(decode)})}
     )

@@ -20,6 +20,7 @@ from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.engine import Engine
 from sparsemm_lmms.model_wrappers.likelihood import Likelihood, read_document, score
 
+from . import tiny
 from .conftest import conversation, png
 from .test_engine import MIXED
 
@@ -68,7 +69,7 @@ def test_everything_kept_is_the_stock_loss(engine: Engine) -> None:
             assert [x.tokens for x in row] == list(map(len, answers))  # one a character, the space before included
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(("engine", "method"), tiny.BY_TURNS, indirect=["engine"])
 def test_little_kept_is_decoding_step_by_step(engine: Engine, method: str) -> None:
     scores = HeadScores.random(3, 4, seed=1) if METHODS[method].needs_head_scores else None
     documents = [read_document(engine, messages, answers[-2:]) for messages, answers in DOCUMENTS]

@@ -22,18 +22,21 @@ class OneProcess:
     num_processes, device = 1, CPU
 
 
-def test_without_network_the_sentence_names_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args, **kwargs):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
 
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", offline)
-    with pytest.raises(ValueError, match="pretrained=a/b is no local folder .*pretrained=demo") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"a/b is no local folder .*`hf download a/b --local-dir checkpoints/b`.*=demo",
+    ) as caught:
         read_config(LLAVA, RunOptions("a/b"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no local folder .*pretrained=demo"):
+    with pytest.raises(ValueError, match="nowhere is no local folder; give the folder of the checkpoint"):
         read_config(LLAVA, RunOptions(str(tmp_path / "nowhere")))
 
 

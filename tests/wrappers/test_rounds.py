@@ -18,8 +18,9 @@ from sparsemm_lmms.cache import CACHE_NAME
 from sparsemm_lmms.methods import METHODS
 from sparsemm_lmms.model_wrappers.engine import Engine
 from sparsemm_lmms.model_wrappers.generation import GenerationSettings
+from sparsemm_lmms.model_wrappers.likelihood import score
 from sparsemm_lmms.model_wrappers.prefill import question_starts
-from sparsemm_lmms.model_wrappers.rounds import Dialogue
+from sparsemm_lmms.model_wrappers.rounds import Dialogue, converse
 
 from . import tiny
 from .conftest import conversation, png, request
@@ -30,7 +31,7 @@ TALK = [  # three rounds; images in the first and the second, of different sizes
     conversation(2, "And this, please?", size=(56, 112)),
     [{"role": "user", "content": [{"type": "text", "text": "Which of the two was larger?"}]}],
 ]
-COMPRESSING = [name for name, method in METHODS.items() if method.compresses]
+COMPRESSING = [name for name in tiny.REPRESENTATIVE if METHODS[name].compresses]
 
 
 def stock_conversation(engine: Engine, talk: list[Any], settings: GenerationSettings = SETTINGS) -> list[str]:
@@ -225,3 +226,19 @@ def test_a_task_of_the_host_with_rounds(
     small, kept = run("snapkv", budget=16)
     assert small != full and kept < everything
     assert run("snapkv", budget=16, rounds="recompress")[1] == 16
+
+
+def test_max_cache_is_of_one_prompt(engine: Engine) -> None:
+    """Rounds that go on with a cache refuse it, and so do likelihoods; rounds on their own have it."""
+
+    def talk() -> Any:
+        yield TALK[0]
+        yield TALK[1]
+
+    config = CompressionConfig(method="snapkv", budget=10, window_size=4, max_cache=12)
+    with compress(engine.model, config) as session:
+        assert len([*converse(engine, session, talk(), SETTINGS, "independent")]) == 2
+        with pytest.raises(ValueError, match="which rounds=append goes on with; use rounds=independent"):
+            next(converse(engine, session, talk(), SETTINGS, "append"))
+        with pytest.raises(ValueError, match="a likelihood writes none; use max_cache=0"):
+            score(engine, session, [])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedConfig
 
 from sparsemm_lmms import CompressionConfig, compress
 from sparsemm_lmms.model_wrappers.engine import Engine
@@ -33,7 +34,7 @@ def model(**ids: int) -> Any:
         return 100 + others["attention_mask"].cumsum(-1)
 
     return SimpleNamespace(
-        config=SimpleNamespace(**ids),
+        config=PreTrainedConfig(num_hidden_layers=1, **ids),
         generation_config=SimpleNamespace(pad_token_id=PAD),
         _prepare_position_ids_for_generation=positions,
     )

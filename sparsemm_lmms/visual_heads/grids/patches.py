@@ -1,4 +1,4 @@
-"""The Qwen and GLM models: patches of one resized view, merged."""
+"""The Qwen and GLM models and Gemma 4: patches of one resized view, merged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class PatchGrid:
 
     def __init__(self, config: Any, tokens: Sequence[int]) -> None:
         self.image_token_id, self.video_token_id = tokens[0], tokens[-1]
-        self.merge: int = config.vision_config.spatial_merge_size
+        vision = config.vision_config
+        self.merge: int = getattr(vision, "spatial_merge_size", None) or vision.pooling_kernel_size
 
     def grids(
         self,
@@ -27,14 +28,13 @@ class PatchGrid:
         video_sizes: Sequence[tuple[int, int]] = (),
         processor: Any = None,
     ) -> list[TokenGrid]:
-        images = self._items(inputs.get("image_grid_thw"), image_sizes, "image")
-        videos = self._items(inputs.get("video_grid_thw"), video_sizes, "video")
+        images = self._items(_shapes(inputs, "image"), image_sizes, "image")
+        videos = self._items(_shapes(inputs, "video"), video_sizes, "video")
         if self.video_token_id == self.image_token_id and videos:
             raise ValueError("This model has no token for videos; give the frames as images.")
         return place(inputs["input_ids"], {self.video_token_id: videos, self.image_token_id: images})
 
-    def _items(self, grid_thw: Any, sizes: Sequence[tuple[int, int]], kind: str) -> list[Item]:
-        shapes = [] if grid_thw is None else np.asarray(grid_thw).reshape(-1, 3).tolist()
+    def _items(self, shapes: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]], kind: str) -> list[Item]:
         if len(shapes) != len(sizes):
             raise ValueError(f"{len(shapes)} {kind} grids but {len(sizes)} {kind} sizes; give one for each.")
         items = []
@@ -44,3 +44,13 @@ class PatchGrid:
             frame = np.repeat(np.arange(frames), rows * columns)
             items.append(Item(np.full(len(frame), HIGH, np.int8), frame, np.tile(boxes, (frames, 1))))
         return items
+
+
+def _shapes(inputs: Mapping[str, Any], kind: str) -> list[list[int]]:
+    """(frames, rows, columns) of patches of every image or video."""
+    if (grid_thw := inputs.get(f"{kind}_grid_thw")) is not None:
+        return np.asarray(grid_thw).reshape(-1, 3).tolist()
+    if (places := inputs.get(f"{kind}_position_ids")) is None:
+        return []
+    last = np.asarray(places).max(axis=-2)  # (x, y) of each patch, and -1 for padding: [images, patches, 2]
+    return [[1, rows + 1, columns + 1] for columns, rows in last.reshape(-1, 2).tolist()]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 
 def DATASET_TYPE(dataset, *, default="MCQ"):
-    return "VQA" if "openended" in dataset.lower() else default
+    kinds = {"HallusionBench": "Y/N", "DocVQA_VAL": "VQA", "OCRBench": "VQA"}
+    return kinds.get(dataset, "VQA" if "openended" in dataset.lower() else default)
 
 
 class Dataset:
