@@ -70,9 +70,9 @@ def tokens(*special: str, **named: str) -> tuple[Any, dict[str, int]]:
     return tokenizer, ids
 
 
-def llava_next(folder: Path) -> Path:
+def llava_next(folder: Path, seed: int = 0) -> Path:
     """MHA, CLIP tower of 28 px images with patches of 14, any-resolution tiles."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = tiny.tokenizer(["<image>"])
     text = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -108,9 +108,9 @@ def llava_next(folder: Path) -> Path:
     return tiny.save(transformers.LlavaNextForConditionalGeneration(config), processor, folder)
 
 
-def qwen2_vl(folder: Path) -> Path:
+def qwen2_vl(folder: Path, seed: int = 0) -> Path:
     """GQA with groups of 2, 2x2 merge, M-RoPE."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = tiny.tokenizer(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
     text = {
         "vocab_size": len(tokenizer),

@@ -63,9 +63,6 @@ def chase(
         "stripped"
     ),
     per_token: Annotated[bool, typer.Option(help="Average over a sample's tokens where the paper sums.")] = False,
-    retention_images: Annotated[
-        int, typer.Option(min=0, help="Of the first so many images, also measure what heads hold; for waterfill.")
-    ] = 64,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of free running.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Of the generated images and the mixture.")] = 0,
@@ -73,6 +70,9 @@ def chase(
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu; default CUDA before CPU.")] = "",
     top: Annotated[int, typer.Option(min=0, help="Heads to print.")] = 10,
     overwrite: Annotated[bool, typer.Option(help="Replace an output of another model, data or settings.")] = False,
+    retention_images: Annotated[
+        int, typer.Option(min=0, help="Of the first so many images, also measure what heads hold; for waterfill.")
+    ] = 64,
 ) -> None:
     """Score every head of a model by how often it looks at the word being written. A killed run goes on."""
     from sparsemm_lmms.visual_heads.chase import ChaseSettings, score_heads
