@@ -151,6 +151,33 @@ def place(input_ids: Any, items: Mapping[int, Sequence[Item]]) -> list[TokenGrid
     return grids
 
 
+class OfProcessor:
+    """The grid of images whose views follow the settings of the processor: a subclass says what an image becomes."""
+
+    def __init__(self, config: Any, tokens: Sequence[int]) -> None:
+        self.model_type: str = config.model_type
+        self.image_token_id = tokens[0]
+
+    def grids(
+        self,
+        inputs: Mapping[str, Any],
+        image_sizes: Sequence[tuple[int, int]],
+        video_sizes: Sequence[tuple[int, int]] = (),
+        processor: Any = None,
+    ) -> list[TokenGrid]:
+        """See `GridFamily`."""
+        if len(video_sizes):
+            raise ValueError(f"{self.model_type} models take images only; give the frames as images.")
+        if processor is None:
+            raise ValueError(f"The grid of {self.model_type} models follows the processor's settings; give processor=.")
+        items = [self.item(processor, width, height) for width, height in image_sizes]
+        return place(inputs["input_ids"], {self.image_token_id: items})
+
+    def item(self, processor: Any, width: int, height: int) -> Item:
+        """The tokens of an image of ``width`` x ``height`` pixels."""
+        raise NotImplementedError
+
+
 def _join(slots: np.ndarray, items: Sequence[Item]) -> TokenGrid:
     if not items:
         empty = np.zeros(0, np.int64)

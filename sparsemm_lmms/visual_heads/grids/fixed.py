@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from sparsemm_lmms.visual_heads.grids.base import Item, Shown, TokenGrid, item_of, place, with_blanks
+from sparsemm_lmms.visual_heads.grids.base import Item, OfProcessor, Shown, item_of, with_blanks
 
 
-class FixedGrid:
+class FixedGrid(OfProcessor):
     """The steps of the image processor: padding to a square, resizing, a crop from the centre, as it has them set.
 
     Pixels that the crop cuts away are shown by no token. A class token among the image tokens has an empty box.
     """
 
     def __init__(self, config: Any, tokens: Sequence[int]) -> None:
-        self.model_type: str = config.model_type
-        self.image_token_id = tokens[0]
+        super().__init__(config, tokens)
         self.patch: int = config.vision_config.patch_size
 
-    def grids(
-        self,
-        inputs: Mapping[str, Any],
-        image_sizes: Sequence[tuple[int, int]],
-        video_sizes: Sequence[tuple[int, int]] = (),
-        processor: Any = None,
-    ) -> list[TokenGrid]:
-        if len(video_sizes):
-            raise ValueError(f"{self.model_type} models take images only; give the frames as images.")
-        if processor is None:
-            raise ValueError(f"The grid of {self.model_type} models follows the processor's settings; give processor=.")
-        items = [self._image(processor, width, height) for width, height in image_sizes]
-        return place(inputs["input_ids"], {self.image_token_id: items})
-
-    def _image(self, processor: Any, width: int, height: int) -> Item:
+    def item(self, processor: Any, width: int, height: int) -> Item:
         (left, top, right, bottom), pixels = seen_part(processor.image_processor, width, height)
         rows, columns = pixels[0] // self.patch, pixels[1] // self.patch
         # What whole patches don't fill at the right and at the bottom is not seen.

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsemm_lmms.visual_heads.grids.base import BASE, Item, Shown, TokenGrid, item_of, place
+from sparsemm_lmms.visual_heads.grids.base import BASE, Item, OfProcessor, Shown, item_of
 
 Boxes = list[tuple[float, float, float, float]]
 
 
-class TilesGrid:
+class TilesGrid(OfProcessor):
     """Every picture is a square of tokens. Which tiles there are follows from the image processor's settings.
 
     The whole is a BASE view beside tiles, and the one HIGH view of an image that is not cut.
     """
 
-    def __init__(self, config: Any, tokens: Sequence[int]) -> None:
-        self.model_type: str = config.model_type
-        self.image_token_id = tokens[0]
-
-    def grids(
-        self,
-        inputs: Mapping[str, Any],
-        image_sizes: Sequence[tuple[int, int]],
-        video_sizes: Sequence[tuple[int, int]] = (),
-        processor: Any = None,
-    ) -> list[TokenGrid]:
-        if len(video_sizes):
-            raise ValueError(f"Videos of {self.model_type} models have no token grid; give the frames as images.")
-        if processor is None:
-            raise ValueError(f"The grid of {self.model_type} models follows the processor's settings; give processor=.")
-        items = [self._image(processor, width, height) for width, height in image_sizes]
-        return place(inputs["input_ids"], {self.image_token_id: items})
-
-    def _image(self, processor: Any, width: int, height: int) -> Item:
+    def item(self, processor: Any, width: int, height: int) -> Item:
         side = _side(processor)
         whole = (0.0, 0.0, float(width), float(height))
         image_processor = processor.image_processor
